@@ -1,0 +1,1 @@
+"""The ``tsc`` command: prints what the library returns."""

@@ -1,0 +1,59 @@
+"""``tsc append``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tscfile.tiers import DEFAULT_TIER
+
+from ..options import (
+    archive_argument,
+    input_file,
+    json_option,
+    model_identity,
+    model_option,
+    print_json,
+    progress,
+    quiet_option,
+    say,
+    size,
+)
+
+
+@click.command("append")
+@archive_argument
+@click.argument("source", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--tier", default=DEFAULT_TIER, show_default=True, help="Quality tier.")
+@click.option("--no-wait", is_flag=True, help="Fail if another process is appending.")
+@model_option
+@quiet_option
+@json_option
+def command(
+    archive: Path, source: Path, tier: str, no_wait: bool, model: Path | None,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Add SOURCE, a later save of the same conversation, to ARCHIVE.
+
+    Only the frames that are not in ARCHIVE yet are stored.
+    """
+    from tscfile.packing import append
+    from tscfile.sources import open_source
+
+    identity = model_identity(model)
+    with input_file(source) as path:
+        snapshot = open_source(path)
+        with progress("appending", snapshot.raw_bytes, quiet) as advance:
+            report = append(
+                snapshot, archive, tier=tier, identity=identity, wait=not no_wait,
+                progress=advance, name=source.name,
+            )  # fmt: skip
+    if as_json:
+        print_json(report)
+    changed = f", {report.n_frames_changed} recomputed" if report.n_frames_changed else ""
+    say(
+        f"{archive}: snapshot {report.snapshot} ({report.plan}): {report.n_frames_kept} frames "
+        f"kept, {report.n_frames_new} new{changed}; {size(report.bytes_added)} added",
+        quiet or as_json,
+    )

@@ -1,0 +1,75 @@
+"""``tsc info``"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..options import archive_argument, json_option, print_json, size
+
+if TYPE_CHECKING:
+    from tscfile.description import ArchiveInfo, TensorGroup
+
+
+@click.command("info")
+@archive_argument
+@json_option
+def command(archive: Path, as_json: bool) -> None:
+    """Say what ARCHIVE holds: model, layers, snapshots, tiers and ratios."""
+    from tscfile.archive import Archive
+    from tscfile.description import describe
+
+    with Archive(archive) as opened:
+        info = describe(opened)
+    if as_json:
+        print_json(info)
+        return
+    for line in _lines(info):
+        click.echo(line)
+
+
+def _lines(info: ArchiveInfo) -> Iterator[str]:
+    yield f"{info.path}: tsc {info.format_version}, {size(info.file_bytes)}, {info.n_blocks} blocks"
+    if info.torn_bytes:
+        yield f"  torn       the last {info.torn_bytes} bytes are no whole commit"
+    if info.source:
+        yield f"  source     {_facts(info.source)}"
+    yield f"  model      {_facts(info.identity) or 'not recorded (pack --model records it)'}"
+    for group in info.tensors:
+        yield f"  tensors    {_tensors(group)}"
+    yield f"  codecs     {', '.join(info.codecs) or 'none'}"
+    if not info.snapshots:
+        return
+    yield ""
+    yield f"  {'#':>3}  {'plan':<16}{'parent':>6}  {'tier':<10}{'tokens':>8}{'frames':>8}" + (
+        f"{'raw':>10}{'restore':>10}{'ratio':>8}  name"
+    )
+    for row in info.snapshots:
+        parent = "-" if row.parent is None else str(row.parent)
+        yield f"  {row.number:>3}  {row.plan:<16}{parent:>6}  {row.tier:<10}{row.n_tokens:>8}" + (
+            f"{row.n_frames:>8}{size(row.raw_bytes):>10}{size(row.restore_bytes):>10}"
+            f"{row.ratio:>7.2f}x  {row.name}"
+        )
+    yield ""
+    yield f"  snapshot ratio {info.snapshot_ratio:.3f}x   series ratio {info.series_ratio:.3f}x"
+
+
+def _facts(facts: dict[str, object]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in facts.items())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:16]}…" if len(text) == 64 else text
+
+
+def _tensors(group: TensorGroup) -> str:
+    last = group.first_layer + group.n_layers - 1
+    rotation = {0: "", -1: ", rotation unknown"}.get(group.rotation, f", rotated {group.rotation}")
+    return (
+        f"cache {group.cache} stream {group.stream}: {group.role} of layers {group.first_layer}"
+        f"-{last}, {group.n_channels} x {group.dtype}{rotation}"
+    )

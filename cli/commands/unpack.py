@@ -1,0 +1,62 @@
+"""``tsc unpack``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tscfile.dtypes import DTYPES
+
+from ..options import (
+    archive_argument,
+    force_option,
+    input_file,
+    output_file,
+    progress,
+    quiet_option,
+    say,
+    size,
+    snapshot_option,
+)
+
+_CONTAINERS = ("session", "sequence", "state-buffer", "sequence-buffer")
+
+
+@click.command("unpack")
+@archive_argument
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True),
+    help="The file to write; the archive's name with .kv by default.",
+)  # fmt: skip
+@snapshot_option
+@click.option("--as", "container", type=click.Choice(_CONTAINERS), help="Kind of llama.cpp state.")
+@click.option(
+    "--llama-version", type=click.IntRange(9, 11), help="Session version of the target llama.cpp."
+)
+@click.option("--v-trans", type=click.Choice(["yes", "no"]), help="Values channel after channel.")
+@click.option("--kv-type", type=click.Choice(list(DTYPES)), help="Element type of keys and values.")
+@click.option("--head-dim", type=click.IntRange(min=1), help="Head size, for quantized types.")
+@force_option
+@quiet_option
+def command(
+    archive: Path, output: Path | None, snapshot: int | None, container: str | None,
+    llama_version: int | None, v_trans: str | None, kv_type: str | None, head_dim: int | None,
+    force: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Write a snapshot of ARCHIVE as the file it was packed from, bit for bit.
+
+    The other options write what another build or setting of llama.cpp wants.
+    """
+    from tscfile.archive import Archive
+    from tscfile.unpacking import StateOptions, choose_snapshot, write_snapshot
+
+    options = StateOptions(
+        container, llama_version, None if v_trans is None else v_trans == "yes", kv_type, head_dim
+    )
+    output = output or archive.with_suffix(".kv")
+    with input_file(archive) as path, Archive(path) as opened, output_file(output) as target:
+        state = choose_snapshot(opened, snapshot)
+        with progress("unpacking", state.raw_bytes, quiet) as advance:
+            n_bytes = write_snapshot(state, target, options=options, force=force, progress=advance)
+    say(f"{output}: {size(n_bytes)}, {len(state.tokens)} tokens", quiet)

@@ -1,0 +1,87 @@
+"""Entry point: the group of commands, and how errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from tscfile import __version__
+from tscfile.errors import TscError
+
+_COMMANDS = {
+    "pack": "Put a saved session away.",
+    "append": "Add a later save of the same conversation.",
+    "unpack": "Take a session out again.",
+    "info": "Say what an archive holds.",
+    "verify": "Check an archive.",
+    "resume": "Continue a conversation in llama.cpp.",
+}
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Imports a command's module when the command is used: `tsc info` stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"tscfile_cli.commands.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tsc")
+def tsc() -> None:
+    """Archive what a language model remembers: its KV cache.
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 damaged file, 4 model or token mismatch, 5 unsupported
+    version or kind.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``tsc``; returns the exit code and prints at most one line for an error."""
+    try:
+        result = tsc.main(arguments, prog_name="tsc", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.UsageError as error:
+        hint = f" (see '{error.ctx.command_path} -h')" if error.ctx else ""
+        return _fail(f"{error.format_message().rstrip('.')}{hint}", 2)
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; nothing was changed", INTERRUPTED)
+    except TscError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output has gone; that is its right, and Python must not say more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        from tscfile.files import describe_os_error
+
+        return _fail(str(describe_os_error(error, "")), 1)
+    except MemoryError:
+        return _fail("out of memory; nothing was changed", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tsc: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Options and habits that commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from tscfile.model import ModelIdentity
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STDIO = "-"
+
+
+def archive_argument(function: F) -> F:
+    return click.argument("archive", type=click.Path(dir_okay=False, path_type=Path))(function)
+
+
+def force_option(function: F) -> F:
+    return click.option("-f", "--force", is_flag=True, help="Replace an existing output.")(function)
+
+
+def quiet_option(function: F) -> F:
+    return click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")(function)
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def model_option(function: F) -> F:
+    return click.option(
+        "--model",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="GGUF",
+        help="Record the fingerprint of the model that made the state.",
+    )(function)
+
+
+def model_identity(model: Path | None) -> ModelIdentity | None:
+    """Identity of the model at ``model``, if one was given."""
+    from tscfile.identity import identity_from_gguf
+
+    return identity_from_gguf(model) if model else None
+
+
+def snapshot_option(function: F) -> F:
+    return click.option(
+        "--snapshot", type=int, metavar="N", help="Which save; -1 is the last (default)."
+    )(function)
+
+
+def print_json(value: Any) -> None:
+    """A dataclass or plain value as indented JSON on stdout."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+
+
+def say(message: str, quiet: bool) -> None:
+    """Words go to stderr; stdout is for data."""
+    if not quiet:
+        click.echo(message, err=True)
+
+
+def size(n_bytes: float) -> str:
+    """
+    >>> size(1019328)
+    '1.02 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            break
+        n_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
+
+
+@contextmanager
+def progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal; gives the function that moves it by n bytes."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total or None)
+        yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
+def input_file(path: Path) -> Iterator[Path]:
+    """``path`` itself, or for ``-`` a temporary file that holds standard input."""
+    if str(path) != STDIO:
+        yield path
+        return
+    import shutil
+
+    with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
+        spooled = Path(folder) / "stdin"
+        with spooled.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        yield spooled
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """``path`` itself, or for ``-`` a temporary file whose content goes to standard output."""
+    if str(path) != STDIO:
+        yield path
+        return
+    import shutil
+
+    if sys.stdout.isatty():
+        raise click.UsageError("binary data is not written to a terminal; redirect it or use -o")
+    with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
+        spooled = Path(folder) / "stdout"
+        yield spooled
+        with spooled.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+        sys.stdout.buffer.flush()

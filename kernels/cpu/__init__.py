@@ -1,0 +1,1 @@
+"""The operations in Numba for the CPU. They release the GIL; callers run blocks in threads."""

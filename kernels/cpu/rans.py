@@ -1,0 +1,164 @@
+"""Numba twin of `tscfile_kernels.reference.rans`.
+
+The 32 lanes are what makes this fast: their dependency chains are independent, so the processor
+overlaps them. The decoder reads one table entry (frequency, slot offset and symbol in 32 bits) for
+each symbol and never tests for the end of a lane; see `rans_decode`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from ..ops import LANES, LOWER_BOUND, PROBABILITY_BITS
+
+_SLOT_MASK = (1 << PROBABILITY_BITS) - 1
+_BOUND = np.uint32(LOWER_BOUND)
+_BITS = np.uint32(PROBABILITY_BITS)
+_MASK = np.uint32(_SLOT_MASK)
+
+
+def count_symbols(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.uint32]:
+    counts = np.zeros((symbols.shape[1], n_symbols), np.uint32)
+    _count(symbols, counts)
+    return counts
+
+
+def rans_encode(
+    symbols: NDArray[np.uint8],
+    class_of_column: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+    # At most one word leaves a lane for each symbol, and two words at the end.
+    room = -(-symbols.size // LANES) + 2
+    lanes = np.empty((LANES, room), np.uint16)
+    lengths = np.empty(LANES, np.uint32)
+    _encode(symbols, class_of_column, frequencies, lanes, lengths)
+    words = [lane[room - length :] for lane, length in zip(lanes, lengths.tolist(), strict=True)]
+    return np.concatenate(words), lengths
+
+
+def rans_decode(
+    words: NDArray[np.uint16],
+    lengths: NDArray[np.uint32],
+    class_of_column: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+    values: NDArray[np.unsignedinteger],
+    out: NDArray[np.unsignedinteger],
+) -> bool:
+    # A lane takes at most one word for each symbol; with that many zeros behind the last lane no
+    # stream, however damaged, can read past the array, and the inner loop needs no test.
+    padded = np.zeros(len(words) + -(-out.size // LANES) + 1, np.uint16)
+    padded[: len(words)] = words
+    ends = np.cumsum(lengths, dtype=np.int64)
+    tables = np.empty((len(frequencies), _SLOT_MASK + 1), np.uint32)
+    _build_tables(frequencies, tables)
+    table_of_column = class_of_column.astype(np.uint32) << PROBABILITY_BITS
+    states = np.empty(LANES, np.uint32)
+    cursors = (ends - lengths).astype(np.uint32)
+    flat_tables = tables.reshape(-1)
+    if out.shape[1] % LANES == 0:
+        _decode_aligned(padded, table_of_column, flat_tables, values, out, states, cursors)
+    else:
+        _decode_any(padded, table_of_column, flat_tables, values, out, states, cursors)
+    return bool((states == LOWER_BOUND).all() and (cursors == ends).all())
+
+
+@njit(nogil=True, cache=True)
+def _count(symbols, counts):  # type: ignore[no-untyped-def]
+    for i in range(symbols.shape[0]):
+        for j in range(symbols.shape[1]):
+            counts[j, symbols[i, j]] += np.uint32(1)
+
+
+@njit(nogil=True, cache=True)
+def _encode(symbols, class_of_column, frequencies, lanes, lengths):  # type: ignore[no-untyped-def]
+    n_classes, n_symbols = frequencies.shape
+    starts = np.zeros((n_classes, n_symbols), np.uint32)
+    for k in range(n_classes):
+        for s in range(1, n_symbols):
+            starts[k, s] = starts[k, s - 1] + frequencies[k, s - 1]
+    n_rows, n_columns = symbols.shape
+    room = lanes.shape[1]
+    states = np.full(LANES, _BOUND, np.uint32)
+    heads = np.full(LANES, room, np.int64)
+    i = n_rows * n_columns - 1
+    for row in range(n_rows - 1, -1, -1):
+        for column in range(n_columns - 1, -1, -1):
+            lane = i % LANES
+            i -= 1
+            k, s = class_of_column[column], symbols[row, column]
+            frequency = np.uint32(frequencies[k, s])
+            state = states[lane]
+            if state >> np.uint32(32 - PROBABILITY_BITS) >= frequency:
+                heads[lane] -= 1
+                lanes[lane, heads[lane]] = np.uint16(state & np.uint32(0xFFFF))
+                state >>= np.uint32(16)
+            quotient = state // frequency
+            rest = state - quotient * frequency
+            states[lane] = (quotient << _BITS) + rest + starts[k, s]
+    for lane in range(LANES):
+        lanes[lane, heads[lane] - 1] = np.uint16(states[lane] & np.uint32(0xFFFF))
+        lanes[lane, heads[lane] - 2] = np.uint16(states[lane] >> np.uint32(16))
+        lengths[lane] = np.uint32(room - heads[lane] + 2)
+
+
+@njit(nogil=True, cache=True)
+def _build_tables(frequencies, tables):  # type: ignore[no-untyped-def]
+    # One entry: frequency - 1 (12 bits), slot - start (12 bits), symbol (8 bits).
+    for k in range(frequencies.shape[0]):
+        slot = 0
+        for s in range(frequencies.shape[1]):
+            frequency = np.uint32(frequencies[k, s])
+            for offset in range(frequency):
+                entry = (frequency - np.uint32(1)) << np.uint32(20)
+                tables[k, slot] = entry | np.uint32(offset) << np.uint32(8) | np.uint32(s)
+                slot += 1
+
+
+@njit(nogil=True, cache=True)
+def _start_lanes(words, states, cursors):  # type: ignore[no-untyped-def]
+    for lane in range(LANES):
+        high, low = words[cursors[lane]], words[cursors[lane] + 1]
+        states[lane] = np.uint32(high) << np.uint32(16) | np.uint32(low)
+        cursors[lane] += np.uint32(2)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _step(words, table, tables, states, cursors, lane):  # type: ignore[no-untyped-def]
+    state = states[lane]
+    entry = tables[table + (state & _MASK)]
+    state = ((entry >> np.uint32(20)) + np.uint32(1)) * (state >> _BITS)
+    state += (entry >> np.uint32(8)) & _MASK
+    word = np.uint32(words[cursors[lane]])
+    short = state < _BOUND
+    states[lane] = (state << np.uint32(16)) | word if short else state
+    cursors[lane] += np.uint32(short)
+    return np.uint8(entry & np.uint32(0xFF))
+
+
+@njit(nogil=True, cache=True)
+def _decode_aligned(words, table_of_column, tables, values, out, states, cursors):  # type: ignore[no-untyped-def]
+    # A row of symbols first, then the merge: each of the two loops is simple enough to be fast.
+    n_columns = out.shape[1]
+    symbols = np.empty(n_columns, np.uint8)
+    _start_lanes(words, states, cursors)
+    for row in range(out.shape[0]):
+        for first in range(0, n_columns, LANES):
+            for lane in range(LANES):
+                table = table_of_column[first + lane]
+                symbols[first + lane] = _step(words, table, tables, states, cursors, lane)
+        for column in range(n_columns):
+            out[row, column] |= values[symbols[column]]
+
+
+@njit(nogil=True, cache=True)
+def _decode_any(words, table_of_column, tables, values, out, states, cursors):  # type: ignore[no-untyped-def]
+    _start_lanes(words, states, cursors)
+    lane = 0
+    for row in range(out.shape[0]):
+        for column in range(out.shape[1]):
+            symbol = _step(words, table_of_column[column], tables, states, cursors, lane)
+            out[row, column] |= values[symbol]
+            lane = (lane + 1) % LANES

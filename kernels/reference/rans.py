@@ -1,0 +1,72 @@
+"""Reference of the rANS operations of `tscfile_kernels.ops`: one symbol at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ops import LANES, LOWER_BOUND, PROBABILITY_BITS
+
+
+def count_symbols(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.uint32]:
+    columns = [np.bincount(column, minlength=n_symbols) for column in symbols.T]
+    return np.array(columns, np.uint32).reshape(symbols.shape[1], n_symbols)
+
+
+def rans_encode(
+    symbols: NDArray[np.uint8],
+    class_of_column: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+    starts = _starts(frequencies)
+    flat, n_columns = symbols.ravel(), symbols.shape[1]
+    lanes: list[list[int]] = []
+    for lane in range(LANES):
+        state, words = LOWER_BOUND, []
+        for i in reversed(range(lane, len(flat), LANES)):
+            k, symbol = class_of_column[i % n_columns], flat[i]
+            frequency = int(frequencies[k, symbol])
+            # The largest state that still fits 32 bits after taking this symbol in.
+            if state >= frequency << (32 - PROBABILITY_BITS):
+                words.append(state & 0xFFFF)
+                state >>= 16
+            quotient, rest = divmod(state, frequency)
+            state = (quotient << PROBABILITY_BITS) + rest + int(starts[k, symbol])
+        words += [state & 0xFFFF, state >> 16]
+        lanes.append(words[::-1])
+    lengths = np.array([len(words) for words in lanes], np.uint32)
+    return np.array([word for words in lanes for word in words], np.uint16), lengths
+
+
+def rans_decode(
+    words: NDArray[np.uint16],
+    lengths: NDArray[np.uint32],
+    class_of_column: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+    values: NDArray[np.unsignedinteger],
+    out: NDArray[np.unsignedinteger],
+) -> bool:
+    starts = _starts(frequencies)
+    n_columns = out.shape[1]
+    flat = out.reshape(-1)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    genuine = True
+    for lane in range(LANES):
+        stream = iter(words[int(ends[lane]) - int(lengths[lane]) : int(ends[lane])].tolist())
+        state = next(stream) << 16 | next(stream)
+        for i in range(lane, len(flat), LANES):
+            k = class_of_column[i % n_columns]
+            slot = state & ((1 << PROBABILITY_BITS) - 1)
+            symbol = int(np.searchsorted(starts[k], slot, side="right")) - 1
+            state = int(frequencies[k, symbol]) * (state >> PROBABILITY_BITS)
+            state += slot - int(starts[k, symbol])
+            if state < LOWER_BOUND:
+                state = state << 16 | next(stream, 0)
+            flat[i] |= values[symbol]
+        genuine &= state == LOWER_BOUND and next(stream, None) is None
+    return genuine
+
+
+def _starts(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
+    """First slot of every symbol: the sum of the frequencies before it."""
+    return np.cumsum(frequencies, axis=1, dtype=np.uint32) - frequencies

@@ -1,0 +1,81 @@
+"""tscfile: archive format and codec for what a language model remembers.
+
+>>> import tempfile, tscfile
+>>> path = tempfile.mkdtemp() + "/session.tsc"
+>>> report = tscfile.pack("samples/session.kv", path)
+>>> with tscfile.open(path) as archive:
+...     keys, values = archive.read(layers=[0], frames=(0, 4))
+>>> keys.tensor.role, keys.values.shape, str(keys.values.dtype)
+('k', (4, 128), 'float16')
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    DamagedError,
+    MismatchError,
+    TruncatedError,
+    TscError,
+    UnsupportedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from .archive import Archive, Frames
+    from .packing import PackReport, append, pack
+    from .unpacking import StateOptions, unpack
+    from .verification import VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Archive",
+    "DamagedError",
+    "Frames",
+    "MismatchError",
+    "PackReport",
+    "StateOptions",
+    "TruncatedError",
+    "TscError",
+    "UnsupportedError",
+    "UsageError",
+    "VerifyReport",
+    "append",
+    "open",
+    "pack",
+    "unpack",
+    "verify",
+]
+
+_HOMES = {
+    "Archive": "archive",
+    "Frames": "archive",
+    "PackReport": "packing",
+    "StateOptions": "unpacking",
+    "VerifyReport": "verification",
+    "append": "packing",
+    "pack": "packing",
+    "unpack": "unpacking",
+    "verify": "verification",
+}
+
+
+def open(path: str | os.PathLike[str]) -> Archive:
+    """Open an archive for reading; see `tscfile.archive.Archive`.
+
+    Raises `DamagedError` or `UnsupportedError` if it is no archive this build can read.
+    """
+    from .archive import Archive
+
+    return Archive(path)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for, so that `import tscfile` stays quick.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tscfile' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,295 @@
+"""An open ``.tsc`` file: its snapshots, their frames, and what they cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import blocks, pipeline, workers
+from .container.reader import Container
+from .container.records import (
+    CHUNK,
+    OPAQUE,
+    SNAPSHOT,
+    BlockEntry,
+    ChunkEntry,
+    FrameRun,
+    Header,
+    Limits,
+    SnapshotRecord,
+    TrackRecord,
+    Trailer,
+)
+from .entropy import zstd
+from .errors import DamagedError, UsageError
+from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
+
+Rows = NDArray[np.uint8]
+
+_SLACK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames of one tensor: ``values`` is ``[n_frames, n_channels]``.
+
+    float16 for f16, float32 for f32, uint16 bit patterns for bf16; for quantized and unknown
+    types the stored rows, uint8 ``[n_frames, row_bytes]``.
+    """
+
+    cache: int
+    stream: int
+    tensor: TensorSpec
+    values: NDArray[Any]
+
+
+class ArchivedTrack:
+    """A `tscfile.model.Track` whose frames are decoded from the archive when read."""
+
+    def __init__(self, archive: Archive, record: TrackRecord) -> None:
+        self._archive = archive
+        self.cache = record.cache
+        self.stream = record.stream
+        self.attributes = record.attributes
+        self.tensors: Sequence[TensorSpec] = record.tensors
+        self.cells: CellTable = record.cells
+        self.runs = record.runs
+
+    def read(self, start: int, stop: int, tensors: Sequence[int] | None = None) -> list[Rows]:
+        """Frames ``start`` to ``stop``, uint8 ``[stop - start, row_bytes]`` for each tensor.
+
+        Decodes the chunks that hold them and no others, on all cores. `IndexError` if the frames
+        are not in the track, `DamagedError` if the archive does not hold what it says.
+        """
+        if not 0 <= start <= stop <= len(self.cells):
+            raise IndexError(f"frames {start} to {stop} of a track of {len(self.cells)}")
+        chosen = list(range(len(self.tensors)) if tensors is None else tensors)
+        place = {tensor: i for i, tensor in enumerate(chosen)}
+        out = [np.empty((stop - start, self.tensors[i].row_bytes), np.uint8) for i in chosen]
+
+        def decode(task: tuple[FrameRun, int, ChunkEntry]) -> None:
+            run, at, chunk = task
+            rows = self._archive.decode(run.block, chunk, self.tensors)
+            for i, part in enumerate(rows, chunk.first_tensor):
+                if i in place:
+                    out[place[i]][at : at + run.count] = part[run.first : run.first + run.count]
+
+        workers.run(decode, self._tasks(start, stop, place))
+        if len(chosen) == len(self.tensors):
+            workers.run(self._check_block, self._whole_blocks(start, stop, out))
+        return out
+
+    def _whole_blocks(self, start: int, stop: int, out: list[Rows]) -> Iterator[tuple[int, list[Rows]]]:
+        """Blocks that were decoded whole, with their rows."""
+        at = 0
+        for run in self.runs:
+            first, last = at - start, at + run.count - start
+            if first >= 0 and last <= stop - start and run.count == self._archive.block(run).n_frames:
+                yield run.block, [part[first:last] for part in out]
+            at += run.count
+
+    def _check_block(self, task: tuple[int, list[Rows]]) -> None:
+        number, rows = task
+        self._archive.check_content(number, rows)
+
+    def _tasks(
+        self, start: int, stop: int, wanted: dict[int, int]
+    ) -> Iterator[tuple[FrameRun, int, ChunkEntry]]:
+        """Chunks to decode: the part of a run that is asked for, where it goes, the chunk."""
+        at = 0
+        for run in self.runs:
+            first, last = max(at, start), min(at + run.count, stop)
+            if first < last:
+                part = FrameRun(run.block, run.first + first - at, last - first)
+                for chunk in self._archive.block(run).chunks:
+                    tensors = range(chunk.first_tensor, chunk.first_tensor + chunk.n_tensors)
+                    if any(tensor in wanted for tensor in tensors):
+                        yield part, first - start, chunk
+            at += run.count
+
+
+class Archive:
+    """A ``.tsc`` file opened for reading. Use it as a context manager, or `close` it.
+
+    ``torn_bytes`` counts bytes behind the newest whole commit: not 0 after an append that was cut
+    off, or where the end of the file is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._container = Container(path)
+        self.path = self._container.path
+        self.size = self._container.size
+        self.torn_bytes = self._container.torn_bytes
+        self._records: dict[int, SnapshotRecord] = {}
+        self._limits = Limits(
+            max_cells=sum(block.n_frames for block in self._container.blocks),
+            max_tokens=(2 * self.size + _SLACK_BYTES) // 16,
+        )
+
+    def close(self) -> None:
+        self._container.close()
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """How many snapshots there are."""
+        return len(self._container.snapshots)
+
+    @property
+    def container(self) -> Container:
+        return self._container
+
+    def record(self, number: int = -1) -> SnapshotRecord:
+        """What the file says of snapshot ``number``; negative numbers count from the last.
+
+        `UsageError` if there is no such snapshot.
+        """
+        n = len(self)
+        if not -n <= number < n:
+            raise UsageError(
+                f"{self.path}: no snapshot {number}; there are {n}"
+                + (f", 0 to {n - 1}" if n else "")
+            )
+        wanted = number % n
+        # Tokens are told from the parent's, so parents come first; a loop, as chains are long.
+        pending = [wanted]
+        while pending:
+            payload, where = self._payload(pending[-1])
+            parent = SnapshotRecord.read_parent(payload, where)
+            if parent is not None and parent not in self._records:
+                if parent >= pending[-1]:
+                    raise DamagedError(f"{where}: names itself or a later one as parent; damaged")
+                pending.append(parent)
+                continue
+            self._load(pending.pop(), payload, parent, where)
+        return self._records[wanted]
+
+    def snapshot(self, number: int = -1) -> Snapshot:
+        """Snapshot ``number`` with tracks that decode on demand, and its opaque parts."""
+        record = self.record(number)
+        opaque = {
+            entry.name: self._opaque(entry.name, record) for entry in record.opaque
+        }
+        return Snapshot(
+            tokens=record.tokens,
+            tracks=[ArchivedTrack(self, track) for track in record.tracks],
+            source=dict(record.source),
+            opaque=opaque,
+            identity=ModelIdentity(dict(record.identity)),
+        )
+
+    def read(
+        self,
+        snapshot: int = -1,
+        layers: Sequence[int] | None = None,
+        frames: tuple[int, int] | None = None,
+    ) -> list[Frames]:
+        """Keys and values of a snapshot, decoding only what is asked for.
+
+        ``layers``: numbers of layers as the track counts them, all by default. ``frames``: start
+        and stop, cut to the length of each track, all by default. See `Frames` for the values.
+
+        >>> import tscfile
+        >>> with tscfile.open("samples/session.tsc") as archive:     # doctest: +SKIP
+        ...     keys, values = archive.read(layers=[3], frames=(0, 10))
+        ...     keys.values.shape
+        (10, 128)
+        """
+        record = self.record(snapshot)
+        result = []
+        for track in (ArchivedTrack(self, part) for part in record.tracks):
+            chosen = [
+                i for i, tensor in enumerate(track.tensors)
+                if layers is None or tensor.layer in layers
+            ]  # fmt: skip
+            start, stop = frames or (0, len(track.cells))
+            start, stop = min(start, len(track.cells)), min(stop, len(track.cells))
+            for i, rows in zip(chosen, track.read(start, stop, chosen), strict=True):
+                tensor = track.tensors[i]
+                result.append(Frames(track.cache, track.stream, tensor, _as_values(rows, tensor)))
+        return result
+
+    def block(self, run: FrameRun) -> BlockEntry:
+        """The index entry of a run's block; `DamagedError` if the run does not fit it."""
+        entries = self._container.blocks
+        if run.block >= len(entries) or run.first + run.count > entries[run.block].n_frames:
+            raise DamagedError(f"{self.path}: a snapshot names frames that no block has; damaged")
+        return entries[run.block]
+
+    def decode(
+        self, number: int, chunk: ChunkEntry, tensors: Sequence[TensorSpec]
+    ) -> list[Rows]:
+        """Rows of one chunk of block ``number``, checked against the index and ``tensors``."""
+        where = f"{self.path}: block {number}, chunk at offset {chunk.ref.offset}"
+        payload = self._container.read(chunk.ref, CHUNK, chunk.payload_checksum)
+        header, rows = pipeline.decode_chunk(payload, where)
+        expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
+        if (
+            header.n_frames != self._container.blocks[number].n_frames
+            or (header.first_tensor, header.codec) != (chunk.first_tensor, chunk.codec)
+            or list(header.row_bytes) != [tensor.row_bytes for tensor in expected]
+            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in expected)
+        ):
+            raise DamagedError(f"{where}: is not what index and snapshot say; damaged")
+        return rows
+
+    def check_content(self, number: int, rows: Sequence[Rows]) -> None:
+        """`DamagedError` unless ``rows`` are what block ``number`` was made of."""
+        if blocks.content_id(rows) != self._container.blocks[number].content_id:
+            raise DamagedError(
+                f"{self.path}: block {number} does not decode to what was packed; damaged"
+            )
+
+    def restore_bytes(self, number: int = -1) -> int:
+        """Bytes of the file needed to restore one snapshot, structure included."""
+        record = self.record(number)
+        used = {run.block for track in record.tracks for run in track.runs}
+        total = Header.SIZE + Trailer.SIZE
+        total += sum(segment.ref.length for segment in self._container.segments)
+        total += sum(
+            chunk.ref.length for block in used for chunk in self._container.blocks[block].chunks
+        )
+        total += sum(entry.ref.length for entry in record.opaque)
+        ancestor: int | None = record.number
+        while ancestor is not None:
+            total += self._container.snapshots[ancestor].length
+            ancestor = self.record(ancestor).parent
+        return total
+
+    def _payload(self, number: int) -> tuple[memoryview, str]:
+        ref = self._container.snapshots[number]
+        return self._container.read(ref, SNAPSHOT), f"{self.path}: snapshot {number}"
+
+    def _load(self, number: int, payload: memoryview, parent: int | None, where: str) -> None:
+        tokens = np.zeros(0, np.int32) if parent is None else self._records[parent].tokens
+        record = SnapshotRecord.read(payload, tokens, self._limits, where)
+        if record.number != number:
+            raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
+        for track in record.tracks:
+            for run in track.runs:
+                self.block(run)
+        self._records[number] = record
+
+    def _opaque(self, name: str, record: SnapshotRecord) -> bytes:
+        entry = next(entry for entry in record.opaque if entry.name == name)
+        where = f"{self.path}: opaque part {name!r} at offset {entry.ref.offset}"
+        content = zstd.decompress(
+            self._container.read(entry.ref, OPAQUE), entry.raw_length, where
+        )
+        if blocks.opaque_id(content) != entry.content_id:
+            raise DamagedError(f"{where}: its content is not what the snapshot says; damaged")
+        return content
+
+
+def _as_values(rows: Rows, tensor: TensorSpec) -> NDArray[Any]:
+    view = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}.get(tensor.dtype.name)
+    return rows if view is None else rows.view(view)

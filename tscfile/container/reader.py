@@ -1,0 +1,155 @@
+"""Open a container: find the newest whole index, then give out records by reference.
+
+Strategy: the trailer at the end of the file leads to the newest index, each index to the one
+before it. Where the end of the file is not a trailer, an append was cut off or bytes are damaged;
+the newest trailer further in is taken and `Container.torn_bytes` says how much lies behind it.
+Payloads are read with ``pread`` when asked for, so opening costs the same for any size of file.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..errors import DamagedError, TruncatedError, UsageError
+from .records import (
+    INDEX,
+    RECORD_NAMES,
+    BlockEntry,
+    ExtraEntry,
+    Header,
+    Index,
+    RecordHeader,
+    RecordRef,
+    Trailer,
+    checksum,
+)
+
+_SEARCH_WINDOW = 1 << 20
+_MAX_CHAIN = 4096
+
+
+@dataclass(frozen=True)
+class IndexSegment:
+    """One index record and how many entries it holds."""
+
+    ref: RecordRef
+    n_blocks: int
+    n_snapshots: int
+    extras: tuple[ExtraEntry, ...]
+
+
+class Container:
+    """A ``.tsc`` file opened for reading; safe to read from several threads.
+
+    ``blocks`` and ``snapshots`` hold the entries of all indices, oldest first; ``segments`` the
+    index records, oldest first; ``whole_end`` is where the newest whole commit ends.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open ``path``; `DamagedError`, `UnsupportedError` or `OSError` if that cannot be."""
+        self.path = os.fspath(path)
+        if os.path.isdir(self.path):
+            raise UsageError(f"{self.path}: is a directory; name a .tsc file")
+        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self.size = os.fstat(self._fd).st_size
+            self.header = Header.read(os.pread(self._fd, Header.SIZE, 0), self.path)
+            trailer, self.whole_end = self._find_trailer()
+            self.torn_bytes = self.size - self.whole_end
+            self.segments: list[IndexSegment] = []
+            self.blocks: list[BlockEntry] = []
+            self.snapshots: list[RecordRef] = []
+            self._read_indices(RecordRef(trailer.index_offset, trailer.index_length))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def read(self, ref: RecordRef, type_: int, payload_checksum: int | None = None) -> memoryview:
+        """Payload of the record at ``ref``, its header and checksum verified."""
+        where = f"{self.path}: {RECORD_NAMES[type_]} at offset {ref.offset}"
+        if ref.length < RecordHeader.SIZE or ref.offset + ref.length > self.whole_end:
+            raise DamagedError(f"{where}: lies outside the file; damaged")
+        data = memoryview(self._pread(ref, where))
+        header = RecordHeader.read(data, where)
+        start = RecordHeader.SIZE + header.padding
+        if header.type != type_ or start + header.length != ref.length:
+            raise DamagedError(f"{where}: is not the record the index promises; damaged")
+        payload = data[start:]
+        if checksum(payload) != header.payload_checksum:
+            raise DamagedError(f"{where}: checksum of {header.length} bytes is wrong; damaged")
+        if payload_checksum not in (None, header.payload_checksum):
+            raise DamagedError(f"{where}: is not the record the index promises; damaged")
+        return payload
+
+    def _pread(self, ref: RecordRef, where: str) -> bytes:
+        parts = []
+        at, left = ref.offset, ref.length
+        # One pread returns 2 GiB at most, and may return less than asked for.
+        while left:
+            part = os.pread(self._fd, left, at)
+            if not part:
+                raise TruncatedError(f"{where}: the file ends within it")
+            parts.append(part)
+            at, left = at + len(part), left - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _find_trailer(self) -> tuple[Trailer, int]:
+        """The last trailer whose index record is whole, and the offset behind it."""
+        end = self.size
+        while end >= Header.SIZE + Trailer.SIZE:
+            start = max(Header.SIZE, end - _SEARCH_WINDOW)
+            window = os.pread(self._fd, end - start, start)
+            at = len(window)
+            while (at := window.rfind(Trailer.MAGIC, 0, at)) >= 0:
+                first = at + len(Trailer.MAGIC) - Trailer.SIZE
+                trailer = Trailer.read(window[max(first, 0) :], start + first)
+                if first >= 0 and trailer and self._is_index(trailer, start + first):
+                    return trailer, start + first + Trailer.SIZE
+            if start == Header.SIZE:
+                break
+            # Windows overlap by a trailer, so that none is cut in two.
+            end = start + Trailer.SIZE - 1
+        raise TruncatedError(f"{self.path}: no whole index; the file is cut short or damaged")
+
+    def _is_index(self, trailer: Trailer, end: int) -> bool:
+        if trailer.index_offset + trailer.index_length > end:
+            return False
+        self.whole_end = end
+        try:
+            self.read(RecordRef(trailer.index_offset, trailer.index_length), INDEX)
+        except DamagedError:
+            return False
+        return True
+
+    def _read_indices(self, newest: RecordRef) -> None:
+        indices: list[Index] = []
+        ref = newest
+        while ref.length:
+            payload = self.read(ref, INDEX)
+            index = Index.read(payload, f"{self.path}: index at offset {ref.offset}")
+            if index.previous.offset >= ref.offset or len(indices) == _MAX_CHAIN:
+                raise DamagedError(f"{self.path}: the chain of indices is not a chain; damaged")
+            indices.append(index)
+            self.segments.append(
+                IndexSegment(ref, len(index.blocks), len(index.snapshots), tuple(index.extras))
+            )
+            ref = index.previous
+        self.segments.reverse()
+        for index in reversed(indices):
+            if (index.first_block, index.first_snapshot) != (len(self.blocks), len(self.snapshots)):
+                raise DamagedError(f"{self.path}: an index does not follow the one before; damaged")
+            self.blocks += index.blocks
+            self.snapshots += index.snapshots
+

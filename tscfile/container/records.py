@@ -1,0 +1,620 @@
+"""The bytes of a ``.tsc`` file: one class per structure, ``write`` beside ``read``.
+
+``spec/tsc.md`` is the definition; this follows it field by field. Nothing here opens files.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..bytestream import ByteReader, ByteWriter
+from ..dtypes import dtype_from_ggml
+from ..entropy import ints
+from ..errors import DamagedError, TruncatedError, UnsupportedError
+from ..model import CellTable, TensorSpec, tensor_runs
+
+VERSION = (1, 0)
+KNOWN_FEATURES = 0
+"""Required-feature bits that this build understands."""
+
+CHUNK, OPAQUE, SNAPSHOT, INDEX = 1, 2, 3, 4
+RECORD_NAMES = {CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index"}
+CRITICAL = 1
+
+RECORD_ALIGNMENT = 8
+PAYLOAD_ALIGNMENT = 64
+ALIGNED_FROM = 4096
+"""Payloads at least this long start at a multiple of `PAYLOAD_ALIGNMENT`."""
+
+MAX_BLOCK_FRAMES = 1 << 16
+MAX_CHUNK_BYTES = 1 << 30
+ID_BYTES = 16
+
+_HASH_BYTES = 8
+
+
+def checksum(data: bytes | memoryview | bytearray) -> int:
+    """XXH3-64, seed 0."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first bytes of a file."""
+
+    major: int = VERSION[0]
+    minor: int = VERSION[1]
+    required_features: int = 0
+    optional_features: int = 0
+
+    # A first byte outside ASCII, both line ends and an end-of-file mark: text-mode transfer
+    # breaks at least one of them (the reasoning of PNG, RFC 2083 section 12.11).
+    MAGIC: ClassVar[bytes] = b"\x89TSC\r\n\x1a\n"
+    SIZE: ClassVar[int] = 32
+
+    def write(self) -> bytes:
+        start = self.MAGIC + struct.pack(
+            "<HHIII", self.major, self.minor, self.required_features, self.optional_features, 0
+        )
+        return start + struct.pack("<Q", checksum(start))
+
+    @classmethod
+    def read(cls, data: bytes, where: str) -> Header:
+        """Errors: not a tsc file, cut short, damaged, or a version or feature not known here."""
+        if data[: len(cls.MAGIC)] != cls.MAGIC[: len(data)] or not data:
+            raise DamagedError(f"{where}: not a tsc file: the first bytes are not its magic")
+        if len(data) < cls.SIZE:
+            raise TruncatedError(f"{where}: {len(data)} bytes are too few for a tsc header")
+        major, minor, required, optional, _ = struct.unpack("<HHIII", data[8:24])
+        if checksum(data[:24]) != struct.unpack("<Q", data[24:32])[0]:
+            raise DamagedError(f"{where}: the header's checksum is wrong at offset 0")
+        if major != VERSION[0]:
+            raise UnsupportedError(
+                f"{where}: format version {major}.{minor}; this build reads {VERSION[0]}.x"
+            )
+        if required & ~KNOWN_FEATURES:
+            raise UnsupportedError(
+                f"{where}: needs features {required & ~KNOWN_FEATURES:#x} that this build lacks"
+            )
+        return cls(major, minor, required, optional)
+
+
+@dataclass(frozen=True)
+class RecordHeader:
+    """What stands before every payload."""
+
+    type: int
+    flags: int
+    padding: int
+    length: int
+    payload_checksum: int
+
+    SIZE: ClassVar[int] = 24
+
+    def write(self) -> bytes:
+        start = struct.pack("<BBH", self.type, self.flags, self.padding)
+        end = struct.pack("<QQ", self.length, self.payload_checksum)
+        return start + struct.pack("<I", checksum(start + end) & 0xFFFFFFFF) + end
+
+    @classmethod
+    def read(cls, data: bytes | memoryview, where: str) -> RecordHeader:
+        if len(data) < cls.SIZE:
+            raise TruncatedError(f"{where}: a record header is cut short")
+        type_, flags, padding, check, length, payload = struct.unpack("<BBHIQQ", data[: cls.SIZE])
+        if check != checksum(bytes(data[:4]) + bytes(data[8:24])) & 0xFFFFFFFF:
+            raise DamagedError(f"{where}: a record header's checksum is wrong")
+        return cls(type_, flags, padding, length, payload)
+
+    @classmethod
+    def padding_at(cls, offset: int, length: int) -> int:
+        """Zero bytes between the header at ``offset`` and a payload of ``length`` bytes."""
+        if length < ALIGNED_FROM:
+            return 0
+        return -(offset + cls.SIZE) % PAYLOAD_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Trailer:
+    """The last bytes of a whole file: where the newest index is."""
+
+    index_offset: int
+    index_length: int
+
+    MAGIC: ClassVar[bytes] = b"\x89TSCEND\n"
+    SIZE: ClassVar[int] = 32
+
+    def write(self, offset: int) -> bytes:
+        start = struct.pack("<QQ", self.index_offset, self.index_length)
+        # The trailer's own offset goes into its checksum, so that a trailer inside a payload
+        # (an archive within an archive) is never taken for this file's.
+        return start + struct.pack("<Q", checksum(start + struct.pack("<Q", offset))) + self.MAGIC
+
+    @classmethod
+    def read(cls, data: bytes | memoryview, offset: int) -> Trailer | None:
+        """The trailer in these 32 bytes at ``offset`` of the file; None if they are not one."""
+        if len(data) < cls.SIZE or bytes(data[24:32]) != cls.MAGIC:
+            return None
+        index_offset, index_length, check = struct.unpack("<QQQ", data[:24])
+        if check != checksum(bytes(data[:16]) + struct.pack("<Q", offset)):
+            return None
+        return cls(index_offset, index_length)
+
+
+@dataclass(frozen=True)
+class RecordRef:
+    """Where a record starts and how many bytes it takes, header to end of payload."""
+
+    offset: int
+    length: int
+
+    def write(self, writer: ByteWriter) -> None:
+        writer.uvarint(self.offset).uvarint(self.length)
+
+    @classmethod
+    def read(cls, reader: ByteReader) -> RecordRef:
+        return cls(reader.uvarint(), reader.uvarint())
+
+
+@dataclass(frozen=True)
+class ChunkHeader:
+    """The first bytes of a chunk's payload: enough to decode it without any index.
+
+    ``tensors`` are those of the track from ``first_tensor`` on, all of one element type.
+    """
+
+    codec: int
+    quality_layer: int
+    n_frames: int
+    first_tensor: int
+    dtype_id: int
+    row_bytes: tuple[int, ...]
+
+    @property
+    def raw_length(self) -> int:
+        return self.n_frames * sum(self.row_bytes)
+
+    def write(self) -> bytes:
+        writer = ByteWriter().u8(self.codec).u8(self.quality_layer).uvarint(self.n_frames)
+        writer.uvarint(self.first_tensor).uvarint(self.dtype_id).uvarint(len(self.row_bytes))
+        for row_bytes in self.row_bytes:
+            writer.uvarint(row_bytes)
+        return writer.bytes()
+
+    @classmethod
+    def read(cls, reader: ByteReader) -> ChunkHeader:
+        codec, quality_layer = reader.u8(), reader.u8()
+        n_frames = reader.uvarint(limit=MAX_BLOCK_FRAMES)
+        first_tensor, dtype_id = reader.uvarint(), reader.uvarint(limit=0xFFFF)
+        row_bytes = tuple(reader.uvarint(limit=MAX_CHUNK_BYTES) for _ in range(reader.count()))
+        header = cls(codec, quality_layer, n_frames, first_tensor, dtype_id, row_bytes)
+        if not header.raw_length or header.raw_length > MAX_CHUNK_BYTES:
+            raise DamagedError(f"{reader.where}: a chunk of {header.raw_length} raw bytes; damaged")
+        return header
+
+
+@dataclass(frozen=True)
+class ChunkEntry:
+    """A chunk as the index names it."""
+
+    ref: RecordRef
+    payload_checksum: int
+    codec: int
+    quality_layer: int
+    first_tensor: int
+    n_tensors: int
+    raw_length: int
+
+    def write(self, writer: ByteWriter) -> None:
+        self.ref.write(writer)
+        writer.pack("Q", self.payload_checksum).u8(self.codec).u8(self.quality_layer)
+        writer.uvarint(self.first_tensor).uvarint(self.n_tensors).uvarint(self.raw_length)
+
+    @classmethod
+    def read(cls, reader: ByteReader) -> ChunkEntry:
+        ref = RecordRef.read(reader)
+        (check,) = reader.unpack("Q")
+        return cls(
+            ref, check, reader.u8(), reader.u8(), reader.uvarint(), reader.uvarint(),
+            reader.uvarint(limit=MAX_CHUNK_BYTES),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """A sealed run of frames: what identifies it and the chunks that hold it.
+
+    ``content_id``: first 16 bytes of the BLAKE3 of all its rows, tensor after tensor;
+    ``logical_id``: of its tokens and all before them (`tscfile.blocks.logical_ids`), or zeros.
+    """
+
+    n_frames: int
+    content_id: bytes
+    logical_id: bytes
+    chunks: tuple[ChunkEntry, ...]
+
+    def write(self, writer: ByteWriter) -> None:
+        writer.uvarint(self.n_frames).raw(self.content_id).raw(self.logical_id)
+        writer.uvarint(len(self.chunks))
+        for chunk in self.chunks:
+            chunk.write(writer)
+
+    @classmethod
+    def read(cls, reader: ByteReader) -> BlockEntry:
+        n_frames = reader.uvarint(limit=MAX_BLOCK_FRAMES)
+        content_id, logical_id = bytes(reader.take(ID_BYTES)), bytes(reader.take(ID_BYTES))
+        chunks = tuple(ChunkEntry.read(reader) for _ in range(reader.count(item_bytes=15)))
+        return cls(n_frames, content_id, logical_id, chunks)
+
+
+@dataclass(frozen=True)
+class ExtraEntry:
+    """A record of a kind that version 1.0 does not have; see `Index.read` for what becomes of it."""
+
+    type: int
+    flags: int
+    ref: RecordRef
+
+    def write(self, writer: ByteWriter) -> None:
+        self.ref.write(writer.u8(self.type).u8(self.flags))
+
+    @classmethod
+    def read(cls, reader: ByteReader) -> ExtraEntry:
+        return cls(reader.u8(), reader.u8(), RecordRef.read(reader))
+
+
+@dataclass(frozen=True)
+class Index:
+    """What one commit added: its blocks and snapshots, and where the index before it is."""
+
+    previous: RecordRef
+    first_block: int
+    blocks: Sequence[BlockEntry]
+    first_snapshot: int
+    snapshots: Sequence[RecordRef]
+    extras: Sequence[ExtraEntry] = ()
+
+    def write(self) -> bytes:
+        writer = ByteWriter()
+        self.previous.write(writer)
+        writer.uvarint(self.first_block).uvarint(len(self.blocks))
+        for block in self.blocks:
+            block.write(writer)
+        writer.uvarint(self.first_snapshot).uvarint(len(self.snapshots))
+        for snapshot in self.snapshots:
+            snapshot.write(writer)
+        writer.uvarint(len(self.extras))
+        for extra in self.extras:
+            extra.write(writer)
+        return writer.bytes()
+
+    @classmethod
+    def read(cls, data: memoryview, where: str) -> Index:
+        """`UnsupportedError` if the index names a record that must not be ignored and is not known
+        here; one that may be ignored is kept among the extras, for a writer to carry on."""
+        reader = ByteReader(data, where)
+        previous = RecordRef.read(reader)
+        first_block = reader.uvarint()
+        blocks = [BlockEntry.read(reader) for _ in range(reader.count(item_bytes=34))]
+        first_snapshot = reader.uvarint()
+        snapshots = [RecordRef.read(reader) for _ in range(reader.count(item_bytes=2))]
+        extras = [ExtraEntry.read(reader) for _ in range(reader.count(item_bytes=4))]
+        reader.end()
+        for extra in extras:
+            if extra.flags & CRITICAL:
+                raise UnsupportedError(
+                    f"{where}: record type {extra.type} must be understood and this build does not; "
+                    "a newer tscfile may"
+                )
+        return cls(previous, first_block, blocks, first_snapshot, snapshots, extras)
+
+
+# --- typed metadata ---------------------------------------------------------------------------
+
+# GGUF's value types (ggml/include/gguf.h), so that its users feel at home.
+_U32, _I32, _BOOL, _STRING, _ARRAY, _U64, _I64, _F64 = 4, 5, 7, 8, 9, 10, 11, 12
+_LAYOUTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+
+
+def write_metadata(writer: ByteWriter, values: dict[str, Any]) -> None:
+    """Keys with typed values: bool, int, float, str, and lists of one of them."""
+    writer.uvarint(len(values))
+    for key, value in values.items():
+        writer.string(key)
+        _write_value(writer, value)
+
+
+def read_metadata(reader: ByteReader) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for _ in range(reader.count(item_bytes=3)):
+        key = reader.string()
+        if key in values:
+            raise DamagedError(f"{reader.where}: metadata key {key!r} occurs twice")
+        values[key] = _read_value(reader)
+    return values
+
+
+def _value_type(value: object) -> int:
+    if isinstance(value, bool):
+        return _BOOL
+    if isinstance(value, int):
+        return _I64 if value < 0 else _U64
+    if isinstance(value, float):
+        return _F64
+    if isinstance(value, str):
+        return _STRING
+    raise TypeError(f"metadata cannot hold {type(value).__name__}")
+
+
+def _write_value(writer: ByteWriter, value: object) -> None:
+    if not isinstance(value, list):
+        writer.u8(_value_type(value))
+        _write_scalar(writer, _value_type(value), value)
+        return
+    types = {_value_type(item) for item in value} or {_U64}
+    if types == {_U64, _I64}:
+        types = {_I64}
+    if len(types) != 1:
+        raise TypeError("a metadata list holds values of one type")
+    item_type = types.pop()
+    writer.u8(_ARRAY).u8(item_type).uvarint(len(value))
+    for item in value:
+        _write_scalar(writer, item_type, item)
+
+
+def _write_scalar(writer: ByteWriter, type_: int, value: Any) -> None:
+    if type_ == _STRING:
+        writer.string(value)
+    elif type_ == _BOOL:
+        writer.u8(value)
+    else:
+        writer.pack(_LAYOUTS[type_], value)
+
+
+def _read_value(reader: ByteReader) -> Any:
+    type_ = reader.u8()
+    if type_ != _ARRAY:
+        return _read_scalar(reader, type_)
+    item_type = reader.u8()
+    return [_read_scalar(reader, item_type) for _ in range(reader.count())]
+
+
+def _read_scalar(reader: ByteReader, type_: int) -> Any:
+    if type_ == _STRING:
+        return reader.string()
+    if type_ == _BOOL:
+        return bool(reader.u8())
+    if type_ in _LAYOUTS:
+        return reader.unpack(_LAYOUTS[type_])[0]
+    raise DamagedError(f"{reader.where}: metadata value of unknown type {type_}; damaged")
+
+
+# --- snapshots --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a snapshot may claim: ``max_cells`` is the number of frames in all blocks of the file,
+    ``max_tokens`` what memory the file's size justifies."""
+
+    max_cells: int
+    max_tokens: int
+
+
+_ROLES = ("k", "v")
+_EXT_CODED, _EXT_POSITION, _EXT_TOKEN = range(3)
+
+
+@dataclass(frozen=True)
+class FrameRun:
+    """Frames ``first`` to ``first + count`` of a block, in this order."""
+
+    block: int
+    first: int
+    count: int
+
+
+@dataclass
+class TrackRecord:
+    """One track of a snapshot: its tensors, where its frames are, and who sits in its cells."""
+
+    cache: int
+    stream: int
+    attributes: dict[str, Any]
+    tensors: tuple[TensorSpec, ...]
+    runs: tuple[FrameRun, ...]
+    cells: CellTable
+
+    def write(self, writer: ByteWriter, tokens: NDArray[np.int32]) -> None:
+        writer.uvarint(self.cache).uvarint(self.stream)
+        write_metadata(writer, self.attributes)
+        _write_tensors(writer, self.tensors)
+        writer.uvarint(len(self.runs))
+        for run in self.runs:
+            writer.uvarint(run.block).uvarint(run.first).uvarint(run.count)
+        _write_cells(writer, self.cells, tokens)
+
+    @classmethod
+    def read(cls, reader: ByteReader, tokens: NDArray[np.int32], limits: Limits) -> TrackRecord:
+        cache, stream = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
+        attributes = read_metadata(reader)
+        tensors = _read_tensors(reader)
+        runs = []
+        for _ in range(reader.count(item_bytes=3)):
+            block, first = reader.uvarint(), reader.uvarint(limit=MAX_BLOCK_FRAMES)
+            runs.append(FrameRun(block, first, reader.uvarint(limit=MAX_BLOCK_FRAMES)))
+        n_cells = sum(run.count for run in runs)
+        if n_cells > limits.max_cells:
+            raise DamagedError(f"{reader.where}: a track has more cells than the file frames; damaged")
+        cells = _read_cells(reader, n_cells, tokens)
+        return cls(cache, stream, attributes, tensors, tuple(runs), cells)
+
+
+@dataclass(frozen=True)
+class OpaqueEntry:
+    """Bytes of the source kept as they are, in a record of their own."""
+
+    name: str
+    ref: RecordRef
+    raw_length: int
+    content_id: bytes
+
+    def write(self, writer: ByteWriter) -> None:
+        writer.string(self.name)
+        self.ref.write(writer)
+        writer.uvarint(self.raw_length).raw(self.content_id)
+
+    @classmethod
+    def read(cls, reader: ByteReader) -> OpaqueEntry:
+        name, ref, raw_length = reader.string(), RecordRef.read(reader), reader.uvarint()
+        return cls(name, ref, raw_length, bytes(reader.take(ID_BYTES)))
+
+
+@dataclass
+class SnapshotRecord:
+    """One save of the conversation. ``parent`` is the snapshot it was planned against, or None."""
+
+    number: int
+    parent: int | None
+    plan: str
+    tier: str
+    name: str
+    source: dict[str, Any]
+    identity: dict[str, Any]
+    tokens: NDArray[np.int32]
+    tracks: list[TrackRecord]
+    opaque: list[OpaqueEntry] = field(default_factory=list)
+
+    def write(self, parent_tokens: NDArray[np.int32]) -> bytes:
+        """``parent_tokens``: int32 ``[n]`` of the parent, empty without one."""
+        writer = ByteWriter().uvarint(self.number)
+        writer.uvarint(0 if self.parent is None else self.parent + 1)
+        writer.string(self.plan).string(self.tier).string(self.name)
+        write_metadata(writer, self.source)
+        write_metadata(writer, self.identity)
+        kept = common_prefix(parent_tokens, self.tokens)
+        writer.uvarint(kept).uvarint(len(self.tokens) - kept)
+        ints.write(writer, self.tokens[kept:])
+        writer.uvarint(len(self.tracks))
+        for track in self.tracks:
+            track.write(writer, self.tokens)
+        writer.uvarint(len(self.opaque))
+        for entry in self.opaque:
+            entry.write(writer)
+        return writer.bytes()
+
+    @staticmethod
+    def read_parent(data: memoryview, where: str) -> int | None:
+        """The parent's number alone: it must be read first, for its tokens."""
+        reader = ByteReader(data, where)
+        number, parent = reader.uvarint(), reader.uvarint()
+        if parent > number:
+            raise DamagedError(f"{where}: snapshot {number} names a parent that comes later")
+        return parent - 1 if parent else None
+
+    @classmethod
+    def read(
+        cls,
+        data: memoryview,
+        parent_tokens: NDArray[np.int32],
+        limits: Limits,
+        where: str,
+    ) -> SnapshotRecord:
+        reader = ByteReader(data, where)
+        number, parent = reader.uvarint(), reader.uvarint()
+        plan, tier, name = reader.string(), reader.string(), reader.string()
+        source, identity = read_metadata(reader), read_metadata(reader)
+        kept = reader.uvarint(limit=len(parent_tokens))
+        n_new = reader.uvarint(limit=limits.max_tokens)
+        tokens = np.concatenate([parent_tokens[:kept], ints.read(reader, n_new)])
+        tracks = [
+            TrackRecord.read(reader, tokens, limits) for _ in range(reader.count(item_bytes=8))
+        ]
+        opaque = [OpaqueEntry.read(reader) for _ in range(reader.count(item_bytes=20))]
+        reader.end()
+        return cls(
+            number, parent - 1 if parent else None, plan, tier, name, source, identity,
+            tokens, tracks, opaque,
+        )  # fmt: skip
+
+
+def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """How many leading elements are equal."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def _write_tensors(writer: ByteWriter, tensors: Sequence[TensorSpec]) -> None:
+    runs = tensor_runs(tensors)
+    writer.uvarint(len(runs))
+    for run in runs:
+        first = run[0]
+        writer.uvarint(first.layer).uvarint(len(run)).u8(_ROLES.index(first.role))
+        writer.uvarint(first.dtype.ggml_id).uvarint(first.row_bytes).uvarint(first.rotation + 1)
+
+
+def _read_tensors(reader: ByteReader) -> tuple[TensorSpec, ...]:
+    tensors: list[TensorSpec] = []
+    for _ in range(reader.count(item_bytes=6)):
+        layer, count = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
+        role = reader.u8()
+        dtype = dtype_from_ggml(reader.uvarint(limit=0xFFFF))
+        row_bytes, rotation = reader.uvarint(limit=MAX_CHUNK_BYTES), reader.uvarint(limit=1 << 16)
+        if role >= len(_ROLES) or row_bytes % dtype.block_bytes or not row_bytes:
+            raise DamagedError(f"{reader.where}: a tensor's role or row length is wrong; damaged")
+        tensors += [
+            TensorSpec(layer + i, _ROLES[role], dtype, row_bytes, rotation - 1)
+            for i in range(count)
+        ]
+    return tuple(tensors)
+
+
+def _write_cells(writer: ByteWriter, cells: CellTable, tokens: NDArray[np.int32]) -> None:
+    ints.write(writer, cells.pos)
+    ints.write(writer, cells.seq_counts)
+    ints.write(writer, cells.seq_ids)
+    writer.uvarint(cells.ext.shape[1])
+    for column in cells.ext.T:
+        if (column == cells.pos).all():
+            writer.u8(_EXT_POSITION)
+        elif (column == _token_at(cells.pos, tokens)).all():
+            writer.u8(_EXT_TOKEN)
+        else:
+            writer.u8(_EXT_CODED)
+            ints.write(writer, column)
+
+
+def _read_cells(reader: ByteReader, n_cells: int, tokens: NDArray[np.int32]) -> CellTable:
+    pos, seq_counts = ints.read(reader, n_cells), ints.read(reader, n_cells)
+    n_ids = int(seq_counts.sum(dtype=np.int64))
+    # A cell is shared by a handful of sequences; llama.cpp allows 256.
+    if (seq_counts < 0).any() or n_ids > 256 * max(n_cells, 1):
+        raise DamagedError(f"{reader.where}: {n_ids} sequence ids for {n_cells} cells; damaged")
+    seq_ids = ints.read(reader, n_ids)
+    ext = np.empty((n_cells, reader.uvarint(limit=16)), np.int32)
+    for column in range(ext.shape[1]):
+        coding = reader.u8()
+        if coding == _EXT_POSITION:
+            ext[:, column] = pos
+        elif coding == _EXT_TOKEN:
+            ext[:, column] = _token_at(pos, tokens)
+        elif coding == _EXT_CODED:
+            ext[:, column] = ints.read(reader, n_cells)
+        else:
+            raise DamagedError(f"{reader.where}: a cell column has unknown coding {coding}")
+    return CellTable(pos, seq_counts, seq_ids, ext)
+
+
+def _token_at(pos: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The token whose index is the cell's position, -1 where there is none."""
+    found = np.full(len(pos), -1, np.int32)
+    inside = (pos >= 0) & (pos < len(tokens))
+    found[inside] = tokens[pos[inside]]
+    return found

@@ -1,0 +1,121 @@
+"""What an archive holds, as plain values: the library's side of ``tsc info``.
+
+Nothing of the payload is read, so that it costs the same for any size of file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .archive import Archive
+from .container.records import SnapshotRecord, TrackRecord
+from .model import TensorSpec, tensor_runs
+from .registry import CODEC_NAMES
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of one role and type in consecutive layers of a track."""
+
+    cache: int
+    stream: int
+    role: str
+    first_layer: int
+    n_layers: int
+    dtype: str
+    n_channels: int
+    row_bytes: int
+    rotation: int
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """One save. ``restore_bytes``: what of the file is needed to restore it;
+    ``ratio``: ``raw_bytes / restore_bytes``, the snapshot ratio."""
+
+    number: int
+    name: str
+    plan: str
+    parent: int | None
+    tier: str
+    n_tokens: int
+    n_frames: int
+    raw_bytes: int
+    restore_bytes: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class ArchiveInfo:
+    """The whole file. ``snapshot_ratio`` is that of the last snapshot; ``series_ratio`` is the raw
+    bytes of all snapshots over the size of the file."""
+
+    path: str
+    format_version: str
+    file_bytes: int
+    torn_bytes: int
+    n_blocks: int
+    codecs: list[str]
+    source: dict[str, Any]
+    identity: dict[str, Any]
+    tensors: list[TensorGroup]
+    snapshots: list[SnapshotInfo]
+    snapshot_ratio: float
+    series_ratio: float
+
+
+def describe(archive: Archive) -> ArchiveInfo:
+    """Describe an open archive; `DamagedError` if its structure is damaged."""
+    records = [archive.record(number) for number in range(len(archive))]
+    snapshots = [_describe_snapshot(archive, record) for record in records]
+    header, entries = archive.container.header, archive.container.blocks
+    codecs = {chunk.codec for entry in entries for chunk in entry.chunks}
+    last = records[-1] if records else None
+    return ArchiveInfo(
+        path=archive.path,
+        format_version=f"{header.major}.{header.minor}",
+        file_bytes=archive.size,
+        torn_bytes=archive.torn_bytes,
+        n_blocks=len(entries),
+        codecs=[CODEC_NAMES.get(codec, str(codec)) for codec in sorted(codecs)],
+        source=dict(last.source) if last else {},
+        identity=dict(last.identity) if last else {},
+        tensors=[
+            _group(track, run)
+            for track in (last.tracks if last else [])
+            for run in tensor_runs(track.tensors)
+        ],
+        snapshots=snapshots,
+        snapshot_ratio=snapshots[-1].ratio if snapshots else 0.0,
+        series_ratio=sum(info.raw_bytes for info in snapshots) / archive.size,
+    )
+
+
+def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo:
+    raw = sum(
+        len(track.cells) * sum(tensor.row_bytes for tensor in track.tensors)
+        for track in record.tracks
+    )
+    restore = archive.restore_bytes(record.number)
+    return SnapshotInfo(
+        number=record.number,
+        name=record.name,
+        plan=record.plan,
+        parent=record.parent,
+        tier=record.tier,
+        n_tokens=len(record.tokens),
+        n_frames=sum(len(track.cells) for track in record.tracks),
+        raw_bytes=raw,
+        restore_bytes=restore,
+        ratio=raw / restore,
+    )
+
+
+def _group(track: TrackRecord, tensors: Sequence[TensorSpec]) -> TensorGroup:
+    first = tensors[0]
+    return TensorGroup(
+        track.cache, track.stream, first.role, first.layer, len(tensors), first.dtype.name,
+        first.n_channels, first.row_bytes, first.rotation,
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""zstd behind one door: bounded decompression of byte strings."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import zstandard
+
+from ..errors import DamagedError
+
+LEVEL = 12
+
+
+def compress(data: bytes | memoryview, level: int = LEVEL) -> bytes:
+    """One zstd frame that states its content size."""
+    return zstandard.ZstdCompressor(level=level).compress(data)
+
+
+def decompress(data: bytes | memoryview, limit: int, where: str) -> bytes:
+    """Content of one zstd frame; `DamagedError` if it is broken or larger than ``limit`` bytes.
+
+    The frame's stated size is checked before anything is allocated.
+    """
+    broken = partial(DamagedError, f"{where}: zstd frame is damaged")
+    try:
+        size = zstandard.frame_content_size(data)
+    except zstandard.ZstdError:
+        raise broken() from None
+    if size < 0:
+        raise DamagedError(f"{where}: zstd frame does not state its size; damaged")
+    if size > limit:
+        raise DamagedError(f"{where}: zstd frame of {size} bytes where at most {limit} belong")
+    try:
+        content = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError:
+        raise broken() from None
+    if len(content) != size:
+        raise broken()
+    return content

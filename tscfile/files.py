@@ -1,0 +1,141 @@
+"""Output files that are whole or absent, private to their owner, and never in the way of others."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import TscError, UsageError
+
+PRIVATE = 0o600
+"""Permissions of what is written: caches hold conversations."""
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[int]:
+    """A file descriptor, open for reading and writing, that becomes ``path`` on success.
+
+    The bytes go to a temporary file beside ``path``, are synced and then renamed; on any exception
+    the temporary file is removed. `UsageError` if ``path`` exists and ``force`` is not given.
+    """
+    target = Path(path)
+    _refuse(target, force)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    except FileNotFoundError:
+        raise UsageError(f"{target}: the folder {target.parent} does not exist") from None
+    try:
+        os.fchmod(fd, PRIVATE)
+        yield fd
+        os.fsync(fd)
+        if force:
+            os.replace(temporary, target)
+        else:
+            _rename_to_new(temporary, target)
+    except BaseException:
+        _unlink_quietly(temporary)
+        raise
+    finally:
+        os.close(fd)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def new_mapped_file(
+    path: str | os.PathLike[str], size: int, *, force: bool = False
+) -> Iterator[memoryview]:
+    """Like `new_file`, as a writable view of ``size`` bytes.
+
+    The room is allocated first, so that a full disk is an `OSError` here and not a signal later.
+    """
+    with new_file(path, force=force) as fd:
+        with mapped(fd, size) as view:
+            yield view
+
+
+@contextmanager
+def mapped(fd: int, size: int) -> Iterator[memoryview]:
+    """A writable view of the first ``size`` bytes of an open file, allocated and synced."""
+    if not size:
+        yield memoryview(bytearray())
+        return
+    _allocate(fd, size)
+    with mmap.mmap(fd, size) as area:
+        view = memoryview(area)
+        try:
+            yield view
+        finally:
+            view.release()
+        area.flush()
+
+
+def _allocate(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:
+        # Not every system and file system can; zeros take the room just as well.
+        if isinstance(error, OSError) and error.errno not in _CANNOT_ALLOCATE:
+            raise
+        zeros = bytes(1 << 20)
+        for at in range(0, size, len(zeros)):
+            os.pwrite(fd, zeros[: size - at], at)
+
+
+_CANNOT_ALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename within ``folder`` last through a power cut, where the system can."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _refuse(target: Path, force: bool) -> None:
+    if target.is_dir():
+        raise UsageError(f"{target}: is a directory; name a file")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target}: is not a regular file; it is not replaced")
+    if target.exists() and not force:
+        raise UsageError(f"{target}: exists; use -f to replace it")
+
+
+def _rename_to_new(temporary: str, target: Path) -> None:
+    # link() fails where the name was taken meanwhile; rename() would replace it.
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise UsageError(f"{target}: exists; use -f to replace it") from None
+    except OSError:
+        os.replace(temporary, target)
+        return
+    os.unlink(temporary)
+
+
+def _unlink_quietly(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def describe_os_error(error: OSError, path: str) -> TscError:
+    """One line for an `OSError`: what failed, where, and what to do."""
+    where = os.fsdecode(error.filename) if error.filename else path
+    hint = {
+        errno.ENOSPC: "; make room and run it again",
+        errno.EACCES: "; check the permissions",
+    }.get(error.errno or 0)
+    return TscError(f"{where}: {(error.strerror or str(error)).lower()}{hint or ''}")

@@ -1,0 +1,362 @@
+"""Put snapshots into archives: `pack` makes a new file, `append` adds to one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from . import blocks, files, pipeline, temporal, workers
+from .archive import Archive, ArchivedTrack
+from .container.records import (
+    FrameRun,
+    OpaqueEntry,
+    SnapshotRecord,
+    TrackRecord,
+    common_prefix,
+)
+from .container.writer import ContainerWriter, EncodedChunk
+from .entropy import zstd
+from .errors import MismatchError, TscError, UsageError
+from .identity import compare
+from .model import ModelIdentity, Snapshot, Track
+from .sources import open_source
+from .tiers import DEFAULT_TIER, Tier, tier_from_name
+
+Source = str | os.PathLike[str] | Snapshot
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was stored and what it cost.
+
+    ``n_frames_changed`` counts new frames of tokens that the parent has too: the source computed
+    them again with other rows. ``bytes_added`` and ``file_bytes`` are
+    sizes in the archive, ``raw_bytes`` the rows of the snapshot at their source types.
+    """
+
+    snapshot: int
+    plan: str
+    parent: int | None
+    n_tokens: int
+    n_tokens_common: int
+    n_frames_kept: int
+    n_frames_new: int
+    n_frames_changed: int
+    raw_bytes: int
+    bytes_added: int
+    file_bytes: int
+
+
+def pack(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    tier: str = DEFAULT_TIER,
+    identity: ModelIdentity | None = None,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Make the archive ``path`` of one snapshot.
+
+    ``source``: a cache file or a `Snapshot`. ``identity``: what is known of the model
+    (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
+    Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
+    `OSError`; whatever is raised, ``path`` is as it was.
+
+    >>> import tempfile, tscfile
+    >>> path = tempfile.mkdtemp() + "/session.tsc"
+    >>> report = tscfile.pack("samples/session.kv", path)
+    >>> report.plan, report.n_tokens, report.n_frames_new
+    ('keyframe', 400, 400)
+    """
+    chosen = tier_from_name(tier)
+    snapshot, label = _open(source, name)
+    _identify(snapshot, identity)
+    with files.new_file(path, force=force) as fd:
+        writer = ContainerWriter(fd)
+        planned = _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
+        number = _store(writer, snapshot, planned, chosen, label, None, progress)
+        size = writer.commit()
+    return _report(number, snapshot, planned, size, size)
+
+
+def append(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    tier: str = DEFAULT_TIER,
+    identity: ModelIdentity | None = None,
+    name: str | None = None,
+    wait: bool = True,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Add a later save of the same conversation to the archive ``path``.
+
+    Only frames that are not in the file yet are stored. The new commit goes behind what is there;
+    if anything is raised the file is cut back to it. Raises `MismatchError` for a save of another
+    conversation or another model, `TscError` if ``wait`` is False and another process is appending.
+    """
+    chosen = tier_from_name(tier)
+    snapshot, label = _open(source, name)
+    with _locked(path, wait) as fd, Archive(path) as archive:
+        planned = _plan(archive, snapshot)
+        if planned.parent is not None:
+            recorded = ModelIdentity(dict(archive.record(planned.parent).identity))
+            _identify(snapshot, identity, recorded)
+        before = archive.container.whole_end
+        try:
+            writer = ContainerWriter(fd, archive.container)
+            number = _store(writer, snapshot, planned, chosen, label, archive, progress)
+            size = writer.commit()
+        except BaseException:
+            os.ftruncate(fd, before)
+            raise
+    return _report(number, snapshot, planned, size, size - before)
+
+
+@dataclass
+class _Planned:
+    """The parent, if there is one, and where each track's frames come from."""
+
+    parent: int | None
+    n_parent_cells: int | None
+    tracks: list[temporal.TrackPlan]
+    n_tokens_common: int = 0
+
+    def __post_init__(self) -> None:
+        # Counted now: storing a frame makes it one that the file has.
+        self.n_new = sum(plan.n_new for plan in self.tracks)
+        self.is_new = [plan.block < 0 for plan in self.tracks]
+        self.name = temporal.name_plan(self.tracks, self.n_parent_cells or 0)
+
+
+def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
+    if isinstance(source, Snapshot):
+        return source, name or ""
+    return open_source(source), name if name is not None else Path(source).name
+
+
+def _identify(
+    snapshot: Snapshot, given: ModelIdentity | None, recorded: ModelIdentity | None = None
+) -> None:
+    """Give the snapshot the identity it is stored with; `MismatchError` if two disagree."""
+    known = recorded or ModelIdentity()
+    for other in (given, snapshot.identity):
+        differences = compare(known, other) if other else []
+        if differences:
+            raise MismatchError(f"the model is another one: {'; '.join(differences)}")
+        if other:
+            known = ModelIdentity({**known.facts, **other.facts})
+    snapshot.identity = known
+
+
+# --- planning ---------------------------------------------------------------------------------
+
+
+def _plan(archive: Archive, snapshot: Snapshot) -> _Planned:
+    """Choose the parent with the longest common beginning and plan every track against it."""
+    parent, n_common = _choose_parent(archive, snapshot.tokens)
+    if parent is None:
+        return _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
+    if not n_common and len(snapshot.tokens) and len(archive.record(parent).tokens):
+        raise MismatchError(
+            f"{archive.path}: the save shares no first token with any of its snapshots; "
+            "pack another conversation into a file of its own"
+        )
+    old_tracks = {
+        (track.cache, track.stream): track
+        for track in (ArchivedTrack(archive, part) for part in archive.record(parent).tracks)
+    }
+    plans = [_plan_one(archive, old_tracks, track) for track in snapshot.tracks]
+    if not n_common and all(plan.n_new == len(plan.block) for plan in plans):
+        raise MismatchError(
+            f"{archive.path}: the save has no tokens and no frame in common with the file; "
+            "pack it into a file of its own"
+        )
+    n_cells = sum(len(track.cells) for track in old_tracks.values())
+    return _Planned(parent, n_cells, plans, n_common)
+
+
+def _choose_parent(archive: Archive, tokens: NDArray[np.int32]) -> tuple[int | None, int]:
+    """The snapshot with the most leading tokens in common, the newest of equals, and how many."""
+    best: tuple[int | None, int] = (None, -1)
+    for number in range(len(archive)):
+        n_common = common_prefix(archive.record(number).tokens, tokens)
+        if n_common >= best[1]:
+            best = (number, n_common)
+    return best[0], max(best[1], 0)
+
+
+def _plan_one(
+    archive: Archive, old_tracks: dict[tuple[int, int], ArchivedTrack], track: Track
+) -> temporal.TrackPlan:
+    old = old_tracks.get((track.cache, track.stream))
+    if old is None or [_layout(t) for t in old.tensors] != [_layout(t) for t in track.tensors]:
+        if old is not None and len(track.cells):
+            raise MismatchError(
+                f"{archive.path}: the save's layers or element types are not those of the file; "
+                "pack it into a file of its own"
+            )
+        return temporal.store_all(len(track.cells))
+
+    def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
+        return _same_rows(archive, old, track, start, stop, run)
+
+    return temporal.plan_track(old.cells, old.runs, track.cells, same)
+
+
+def _layout(tensor: object) -> tuple[object, ...]:
+    return tuple(getattr(tensor, key) for key in ("layer", "role", "dtype", "row_bytes", "rotation"))
+
+
+def _same_rows(
+    archive: Archive, old: ArchivedTrack, track: Track, start: int, stop: int, run: FrameRun
+) -> NDArray[np.bool_]:
+    """Which frames ``start`` to ``stop`` of ``track`` are those of ``run``, row by row."""
+    block = archive.block(run)
+    new_rows = track.read(start, stop)
+    if run.count == block.n_frames and blocks.content_id(new_rows) == block.content_id:
+        # The usual case, settled without decoding.
+        return np.ones(run.count, bool)
+    equal = np.ones(run.count, bool)
+    for chunk in block.chunks:
+        for i, rows in enumerate(archive.decode(run.block, chunk, old.tensors), chunk.first_tensor):
+            part = rows[run.first : run.first + run.count]
+            equal &= (part == new_rows[i]).all(axis=1)
+    return equal
+
+
+# --- storing ----------------------------------------------------------------------------------
+
+
+def _store(
+    writer: ContainerWriter,
+    snapshot: Snapshot,
+    planned: _Planned,
+    tier: Tier,
+    name: str,
+    archive: Archive | None,
+    progress: Progress | None,
+) -> int:
+    """Add the missing blocks and the snapshot record; returns the snapshot's number."""
+    parent = archive.record(planned.parent) if archive and planned.parent is not None else None
+    for track, plan in zip(snapshot.tracks, planned.tracks, strict=True):
+        _store_frames(writer, snapshot, track, plan, tier, progress)
+    record = SnapshotRecord(
+        number=writer.n_snapshots,
+        parent=planned.parent,
+        plan=planned.name,
+        tier=tier.name,
+        name=name,
+        source=snapshot.source,
+        identity=snapshot.identity.facts,
+        tokens=np.ascontiguousarray(snapshot.tokens, np.int32),
+        tracks=[
+            TrackRecord(
+                track.cache, track.stream, track.attributes, tuple(track.tensors), plan.runs(),
+                track.cells,
+            )
+            for track, plan in zip(snapshot.tracks, planned.tracks, strict=True)
+        ],
+        opaque=[
+            _store_opaque(writer, key, content, parent) for key, content in snapshot.opaque.items()
+        ],
+    )  # fmt: skip
+    return writer.add_snapshot(record.write(parent.tokens if parent else np.zeros(0, np.int32)))
+
+
+def _store_frames(
+    writer: ContainerWriter,
+    snapshot: Snapshot,
+    track: Track,
+    plan: temporal.TrackPlan,
+    tier: Tier,
+    progress: Progress | None,
+) -> None:
+    ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span)]
+    seed = blake3(repr(sorted(snapshot.identity.facts.items())).encode()).digest()
+    ids = blocks.logical_ids(track.cells, snapshot.tokens, seed, ranges)
+    chunk_ranges = blocks.chunk_ranges(track.tensors)
+
+    def encode(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
+        rows = track.read(*span)
+        chunks = [
+            pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, tier.codec)
+            for a, b in chunk_ranges
+        ]
+        return blocks.content_id(rows), chunks
+
+    frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
+    encoded = workers.in_order(encode, ranges)
+    for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
+        plan.store(start, stop, writer.add_block(content, logical, chunks))
+        if progress:
+            progress((stop - start) * frame_bytes)
+
+
+def _store_opaque(
+    writer: ContainerWriter, name: str, content: bytes, parent: SnapshotRecord | None
+) -> OpaqueEntry:
+    """Bytes that the parent has too are not stored again."""
+    content_id = blocks.opaque_id(content)
+    for entry in parent.opaque if parent else ():
+        if (entry.content_id, entry.raw_length) == (content_id, len(content)):
+            return OpaqueEntry(name, entry.ref, entry.raw_length, content_id)
+    ref = writer.add_opaque(zstd.compress(content))
+    return OpaqueEntry(name, ref, len(content), content_id)
+
+
+def _report(
+    number: int, snapshot: Snapshot, planned: _Planned, size: int, added: int
+) -> PackReport:
+    n_cells = sum(len(track.cells) for track in snapshot.tracks)
+    return PackReport(
+        snapshot=number,
+        plan=planned.name,
+        parent=planned.parent,
+        n_tokens=len(snapshot.tokens),
+        n_tokens_common=planned.n_tokens_common,
+        n_frames_kept=n_cells - planned.n_new,
+        n_frames_new=planned.n_new,
+        n_frames_changed=sum(
+            int((is_new & (track.cells.pos < planned.n_tokens_common)).sum())
+            for track, is_new in zip(snapshot.tracks, planned.is_new, strict=True)
+        ),
+        raw_bytes=snapshot.raw_bytes,
+        bytes_added=added,
+        file_bytes=size,
+    )
+
+
+@contextmanager
+def _locked(path: str | os.PathLike[str], wait: bool) -> Iterator[int]:
+    """The archive opened for writing, held against every other appender.
+
+    The lock is on the file itself: nothing is left beside it, and a killed process lets go of it.
+    """
+    where = os.fspath(path)
+    if not stat.S_ISREG(os.stat(where).st_mode):
+        raise UsageError(f"{where}: is not a regular file; an archive to append to is one")
+    while True:
+        fd = os.open(where, os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # The name may have been given to another file while this one was waited for.
+            if os.path.samestat(os.fstat(fd), os.stat(where)):
+                yield fd
+                return
+        except BlockingIOError:
+            raise TscError(f"{where}: another process is appending; run it again later") from None
+        finally:
+            os.close(fd)

@@ -1,0 +1,88 @@
+"""Chains the stages of a codec: rows of a chunk to its body, and back.
+
+Decoding is the list of encoding read upwards: entropy coder, then fields, then rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import registry
+from .bytestream import ByteReader, ByteWriter
+from .container.records import ChunkHeader
+from .container.writer import EncodedChunk
+from .dtypes import DType, dtype_from_ggml
+from .errors import DamagedError, UnsupportedError
+from .transforms import fields
+
+Rows = NDArray[np.uint8]
+
+
+def encode_chunk(
+    rows: Sequence[Rows], dtype: DType, first_tensor: int, codec: int, quality_layer: int = 0
+) -> EncodedChunk:
+    """Code consecutive tensors of one element type.
+
+    ``rows``: one uint8 ``[n_frames, row_bytes]`` for each tensor, at least one frame. Takes the
+    raw codec where the one asked for makes the bytes more.
+    """
+    body = _encode_fields(rows, dtype) if codec == registry.FIELDS_CLASSED_RANS else None
+    if body is None or len(body) >= sum(part.nbytes for part in rows):
+        codec, body = registry.RAW, b"".join(part.tobytes() for part in rows)
+    row_bytes = tuple(part.shape[1] for part in rows)
+    header = ChunkHeader(
+        codec, quality_layer, len(rows[0]), first_tensor, dtype.ggml_id, row_bytes
+    )
+    return EncodedChunk(header, body)
+
+
+def decode_chunk(payload: memoryview, where: str) -> tuple[ChunkHeader, list[Rows]]:
+    """Header and rows of a chunk, one uint8 ``[n_frames, row_bytes]`` for each tensor."""
+    reader = ByteReader(payload, where)
+    header = ChunkHeader.read(reader)
+    dtype = dtype_from_ggml(header.dtype_id)
+    if any(not n or n % dtype.block_bytes for n in header.row_bytes):
+        raise DamagedError(f"{where}: rows are no whole number of {dtype.name} blocks; damaged")
+    if header.codec == registry.RAW:
+        rows = _read_raw(reader, header)
+    elif header.codec == registry.FIELDS_CLASSED_RANS:
+        rows = _decode_fields(reader, header, dtype)
+    else:
+        raise UnsupportedError(f"{where}: codec {header.codec} is not known to this build")
+    reader.end()
+    return header, rows
+
+
+def _read_raw(reader: ByteReader, header: ChunkHeader) -> list[Rows]:
+    return [
+        np.frombuffer(reader.take(header.n_frames * n), np.uint8).reshape(header.n_frames, n)
+        for n in header.row_bytes
+    ]
+
+
+def _encode_fields(rows: Sequence[Rows], dtype: DType) -> bytes:
+    from .entropy import classed_rans
+
+    writer = ByteWriter()
+    split = [fields.split(part, dtype) for part in rows]
+    for field, parts in zip(fields.fields_of(dtype), zip(*split, strict=True), strict=True):
+        coded = classed_rans.encode(np.concatenate(parts, axis=1), field.bits, field.low_bits)
+        writer.uvarint(len(coded)).raw(coded)
+    return writer.bytes()
+
+
+def _decode_fields(reader: ByteReader, header: ChunkHeader, dtype: DType) -> list[Rows]:
+    from .entropy import classed_rans
+
+    columns: list[list[NDArray[np.unsignedinteger]]] = []
+    for field in fields.fields_of(dtype):
+        widths = [fields.n_columns(field, dtype, n) for n in header.row_bytes]
+        matrix = classed_rans.decode(
+            reader.take(reader.uvarint()), field.bits, header.n_frames, sum(widths),
+            field.storage, reader.where,
+        )  # fmt: skip
+        columns.append(np.split(matrix, np.cumsum(widths)[:-1], axis=1))
+    return [fields.join(list(parts), dtype) for parts in zip(*columns, strict=True)]

@@ -1,0 +1,11 @@
+"""Ids that are stored in files, and what they stand for (``spec/registry.md``).
+
+An id names one byte format for ever; new bytes take a new id.
+"""
+
+from __future__ import annotations
+
+RAW = 0
+FIELDS_CLASSED_RANS = 1
+
+CODEC_NAMES = {RAW: "raw", FIELDS_CLASSED_RANS: "fields+classed-rans"}

@@ -1,0 +1,28 @@
+"""Named operating points and the codec each one starts with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import registry
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Tier:
+    """``exact``: what comes back is bit for bit what went in."""
+
+    name: str
+    codec: int
+    exact: bool
+
+
+TIERS = {"lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True)}
+DEFAULT_TIER = "lossless"
+
+
+def tier_from_name(name: str) -> Tier:
+    """The tier called ``name``; `UsageError` with the known names if there is none."""
+    if name not in TIERS:
+        raise UsageError(f"tier {name!r} is unknown; known are {', '.join(TIERS)}")
+    return TIERS[name]

@@ -1,0 +1,103 @@
+"""Take a snapshot out of an archive and write it as its source, or another engine, wants it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import files
+from .archive import Archive
+from .errors import DamagedError, UsageError
+from .model import Snapshot
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class StateOptions:
+    """How to write a llama.cpp state; None keeps what the source had.
+
+    ``container``: "session", "sequence", "state-buffer" or "sequence-buffer"; ``llama_version``:
+    the session number of the build that is to read it (9, 10, 11); ``v_trans``: values channel
+    after channel; ``kv_type``: element type of keys and values; ``head_dim``: head size, needed to
+    convert to or from quantized types where the archive does not know it.
+    """
+
+    container: str | None = None
+    llama_version: int | None = None
+    v_trans: bool | None = None
+    kv_type: str | None = None
+    head_dim: int | None = None
+
+
+def unpack(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    snapshot: int | None = None,
+    options: StateOptions = StateOptions(),  # noqa: B008 - frozen
+    force: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write snapshot number ``snapshot`` (the last by default) to ``out``; returns its size.
+
+    Without options ``out`` has the identical bytes of the file that was packed. Raises
+    `UsageError` if ``out`` exists and ``force`` is not given; `DamagedError` if what is asked for
+    cannot be had whole, and also where no snapshot is named and the newest commit of the archive
+    is torn, because the last whole snapshot may not be the one that is meant.
+
+    >>> import tempfile, tscfile
+    >>> folder = tempfile.mkdtemp()
+    >>> report = tscfile.pack("samples/session.kv", folder + "/session.tsc")
+    >>> size = tscfile.unpack(folder + "/session.tsc", folder + "/session.kv")
+    >>> open(folder + "/session.kv", "rb").read() == open("samples/session.kv", "rb").read()
+    True
+    """
+    with Archive(path) as archive:
+        state = choose_snapshot(archive, snapshot)
+        return write_snapshot(state, out, options=options, force=force, progress=progress)
+
+
+def choose_snapshot(archive: Archive, number: int | None) -> Snapshot:
+    """Snapshot ``number``; without one the last, unless a torn commit makes that doubtful."""
+    if not len(archive):
+        raise UsageError(f"{archive.path}: holds no snapshot")
+    if number is None and archive.torn_bytes:
+        last = len(archive) - 1
+        raise DamagedError(
+            f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
+            f"the newest whole snapshot is {last}: ask for it with --snapshot {last}"
+        )
+    return archive.snapshot(-1 if number is None else number)
+
+
+def write_snapshot(
+    snapshot: Snapshot,
+    out: str | os.PathLike[str],
+    *,
+    options: StateOptions = StateOptions(),  # noqa: B008 - frozen
+    force: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write ``snapshot`` as a llama.cpp state file; returns its size. See `unpack`."""
+    from .sources.llama_state import state_size, write_state
+
+    snapshot = _retyped(snapshot, options)
+    layout = {
+        "container": options.container,
+        "llama_version": options.llama_version,
+        "v_trans": options.v_trans,
+    }
+    size = state_size(snapshot, **layout)  # type: ignore[arg-type]
+    with files.new_mapped_file(out, size, force=force) as view:
+        write_state(snapshot, view, progress=progress, **layout)  # type: ignore[arg-type]
+    return size
+
+
+def _retyped(snapshot: Snapshot, options: StateOptions) -> Snapshot:
+    if options.kv_type is None:
+        return snapshot
+    from .retype import retype
+
+    return retype(snapshot, options.kv_type, head_dim=options.head_dim)

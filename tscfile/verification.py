@@ -1,0 +1,152 @@
+"""Check an archive from its first byte to its last.
+
+`verify` reports what is wrong instead of stopping at it. Quick: header, indices, snapshots and
+that they fit together. Full: also every record's checksum, every padding byte, and every block
+decoded and compared with what was packed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import xxhash
+
+from . import workers
+from .archive import Archive, ArchivedTrack
+from .container.records import RECORD_ALIGNMENT, Header, RecordHeader, Trailer
+from .errors import TscError
+
+_PIECE = 1 << 20
+
+
+@dataclass
+class VerifyReport:
+    """``problems`` is empty if the file is whole; one line each."""
+
+    path: str
+    quick: bool
+    n_records: int = 0
+    n_blocks: int = 0
+    n_snapshots: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> VerifyReport:
+    """Check the archive ``path``; raises only if it cannot be opened at all.
+
+    ``progress`` is called with the raw bytes of each block decoded.
+    """
+    with Archive(path) as archive:
+        report = VerifyReport(archive.path, quick)
+        if archive.torn_bytes:
+            report.problems.append(
+                f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
+                f"{len(archive)} snapshots before them are in order"
+            )
+        report.n_snapshots = len(archive)
+        report.n_blocks = len(archive.container.blocks)
+        tracks = _check_snapshots(archive, report)
+        if not quick:
+            _check_records(archive, report)
+            _check_blocks(archive, tracks, report, progress)
+        return report
+
+
+def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, ArchivedTrack]:
+    """Read every snapshot record; returns for each block in use a track that uses it."""
+    tracks: dict[int, ArchivedTrack] = {}
+    for number in range(len(archive)):
+        try:
+            record = archive.record(number)
+            for part in record.tracks:
+                track = ArchivedTrack(archive, part)
+                tracks |= {run.block: track for run in part.runs}
+            if not report.quick:
+                archive.snapshot(number)
+        except TscError as error:
+            report.problems.append(str(error))
+    return tracks
+
+
+def _check_blocks(
+    archive: Archive,
+    tracks: dict[int, ArchivedTrack],
+    report: VerifyReport,
+    progress: Callable[[int], None] | None,
+) -> None:
+    def check(number: int) -> str | None:
+        track = tracks.get(number)
+        if track is None:
+            return None
+        try:
+            rows = [
+                part
+                for chunk in archive.container.blocks[number].chunks
+                for part in archive.decode(number, chunk, track.tensors)
+            ]
+            if len(rows) != len(track.tensors):
+                return f"{archive.path}: block {number} lacks tensors; damaged"
+            archive.check_content(number, rows)
+        except TscError as error:
+            return str(error)
+        return None
+
+    for entry, problem in zip(
+        archive.container.blocks, workers.in_order(check, range(report.n_blocks)), strict=True
+    ):
+        if problem:
+            report.problems.append(problem)
+        if progress:
+            progress(sum(chunk.raw_length for chunk in entry.chunks))
+
+
+def _check_records(archive: Archive, report: VerifyReport) -> None:
+    """Walk over all records; the bytes between them must be zero."""
+    with open(archive.path, "rb") as file:
+        for problem in _walk(file.fileno(), archive.container.whole_end, archive.path, report):
+            report.problems.append(problem)
+
+
+def _walk(fd: int, end: int, path: str, report: VerifyReport) -> Iterator[str]:
+    at = Header.SIZE
+    while at < end:
+        head = os.pread(fd, max(RecordHeader.SIZE, Trailer.SIZE), at)
+        if Trailer.read(head, at):
+            at += Trailer.SIZE
+            continue
+        where = f"{path}: record at offset {at}"
+        try:
+            header = RecordHeader.read(head, where)
+        except TscError as error:
+            # Without its length the next record cannot be found; the indices still lead to those
+            # that blocks and snapshots need, and those are checked on their own.
+            yield str(error)
+            return
+        start = at + RecordHeader.SIZE + header.padding
+        stop = start + header.length
+        after = stop + -stop % RECORD_ALIGNMENT
+        if after > end:
+            yield f"{where}: reaches past the end of the commit; damaged"
+            return
+        report.n_records += 1
+        if _checksum_of(fd, start, header.length) != header.payload_checksum:
+            yield f"{where}: checksum of {header.length} bytes is wrong; damaged"
+        for first, last in ((at + RecordHeader.SIZE, start), (stop, after)):
+            if any(os.pread(fd, last - first, first)):
+                yield f"{path}: padding at offset {first} is not zero; damaged"
+        at = after
+
+
+def _checksum_of(fd: int, start: int, length: int) -> int:
+    digest = xxhash.xxh3_64()
+    for at in range(start, start + length, _PIECE):
+        digest.update(os.pread(fd, min(_PIECE, start + length - at), at))
+    return digest.intdigest()
+
