@@ -25,7 +25,7 @@ BACKENDS = ("cpu", "reference")
 
 
 def backend(name: str, module: str) -> ModuleType:
-    """The ``module`` ("rans", "bits") of a backend; `ValueError` for an unknown backend."""
+    """The ``module`` ("rans", "bits", "symbols") of a backend; `ValueError` for an unknown backend."""
     if name not in BACKENDS:
         raise ValueError(f"no kernel backend {name!r}; there are {', '.join(BACKENDS)}")
     return importlib.import_module(f"tscfile_kernels.{name}.{module}")
@@ -40,8 +40,55 @@ def count_symbols(
     Returns uint32 ``[n_columns, n_symbols]``.
     """
     _check(symbols, np.uint8, 2, "symbols")
-    counts: NDArray[np.uint32] = backend(on, "rans").count_symbols(symbols, n_symbols)
+    counts: NDArray[np.uint32] = backend(on, "symbols").count_symbols(symbols, n_symbols)
     return counts
+
+
+def seen_symbols(
+    matrix: NDArray[np.unsignedinteger], low_bits: int, n_symbols: int, on: str = "cpu"
+) -> NDArray[np.bool_]:
+    """Which values ``matrix >> low_bits`` takes, all below ``n_symbols`` (not checked).
+
+    ``matrix``: uint8, uint16 or uint32 ``[n_rows, n_columns]``. Returns bool ``[n_symbols]``.
+    """
+    _check_words(matrix, "matrix")
+    seen: NDArray[np.bool_] = backend(on, "symbols").seen_symbols(matrix, low_bits, n_symbols)
+    return seen
+
+
+def index_symbols(
+    matrix: NDArray[np.unsignedinteger], low_bits: int, index_of: NDArray[np.uint8], on: str = "cpu"
+) -> NDArray[np.uint8]:
+    """``index_of[matrix >> low_bits]``: uint8 of ``matrix``'s shape."""
+    _check_words(matrix, "matrix")
+    _check(index_of, np.uint8, 1, "index_of")
+    symbols: NDArray[np.uint8] = backend(on, "symbols").index_symbols(matrix, low_bits, index_of)
+    return symbols
+
+
+def nearest_class(
+    counts: NDArray[np.uint32], lengths: NDArray[np.int32], on: str = "cpu"
+) -> NDArray[np.uint8]:
+    """The class whose code is shortest for each column; the first of equals.
+
+    ``counts``: uint32 ``[n_columns, n_symbols]``; ``lengths``: int32 ``[n_classes, n_symbols]``,
+    code lengths in any unit. Their products must sum to less than ``1 << 31`` (not checked).
+    Returns uint8 ``[n_columns]``.
+    """
+    _check(counts, np.uint32, 2, "counts")
+    _check(lengths, np.int32, 2, "lengths")
+    labels: NDArray[np.uint8] = backend(on, "symbols").nearest_class(counts, lengths)
+    return labels
+
+
+def class_totals(
+    counts: NDArray[np.uint32], labels: NDArray[np.uint8], n_classes: int, on: str = "cpu"
+) -> NDArray[np.int64]:
+    """Counts of each class: int64 ``[n_classes, n_symbols]``, rows of ``counts`` added by label."""
+    _check(counts, np.uint32, 2, "counts")
+    _check(labels, np.uint8, 1, "labels")
+    totals: NDArray[np.int64] = backend(on, "symbols").class_totals(counts, labels, n_classes)
+    return totals
 
 
 def rans_encode(
@@ -97,8 +144,7 @@ def rans_decode(
     _check(lengths, np.uint32, 1, "lengths")
     _check(class_of_column, np.uint8, 1, "class_of_column")
     _check_frequencies(frequencies)
-    if out.dtype not in (np.uint8, np.uint16, np.uint32) or not out.flags.c_contiguous:
-        raise ValueError("out must be a C-contiguous array of uint8, uint16 or uint32")
+    _check_words(out, "out")
     if values.dtype != out.dtype or len(values) != frequencies.shape[1]:
         raise ValueError("values needs one entry of out's dtype for each symbol")
     if len(class_of_column) != out.shape[1]:
@@ -153,6 +199,11 @@ def packed_bytes(n_values: int, width: int) -> int:
 def _check(array: NDArray[np.generic], dtype: type, ndim: int, name: str) -> None:
     if array.dtype != dtype or array.ndim != ndim or not array.flags.c_contiguous:
         raise ValueError(f"{name} must be a C-contiguous {ndim}-d array of {dtype.__name__}")
+
+
+def _check_words(array: NDArray[np.generic], name: str) -> None:
+    if array.dtype not in (np.uint8, np.uint16, np.uint32) or not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be a C-contiguous array of uint8, uint16 or uint32")
 
 
 def _check_frequencies(frequencies: NDArray[np.uint16]) -> None:

@@ -19,12 +19,6 @@ _BITS = np.uint32(PROBABILITY_BITS)
 _MASK = np.uint32(_SLOT_MASK)
 
 
-def count_symbols(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.uint32]:
-    counts = np.zeros((symbols.shape[1], n_symbols), np.uint32)
-    _count(symbols, counts)
-    return counts
-
-
 def rans_encode(
     symbols: NDArray[np.uint8],
     class_of_column: NDArray[np.uint8],
@@ -63,13 +57,6 @@ def rans_decode(
     else:
         _decode_any(padded, table_of_column, flat_tables, values, out, states, cursors)
     return bool((states == LOWER_BOUND).all() and (cursors == ends).all())
-
-
-@njit(nogil=True, cache=True)
-def _count(symbols, counts):  # type: ignore[no-untyped-def]
-    for i in range(symbols.shape[0]):
-        for j in range(symbols.shape[1]):
-            counts[j, symbols[i, j]] += np.uint32(1)
 
 
 @njit(nogil=True, cache=True)

@@ -8,11 +8,6 @@ from numpy.typing import NDArray
 from ..ops import LANES, LOWER_BOUND, PROBABILITY_BITS
 
 
-def count_symbols(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.uint32]:
-    columns = [np.bincount(column, minlength=n_symbols) for column in symbols.T]
-    return np.array(columns, np.uint32).reshape(symbols.shape[1], n_symbols)
-
-
 def rans_encode(
     symbols: NDArray[np.uint8],
     class_of_column: NDArray[np.uint8],

@@ -130,24 +130,18 @@ class _Symbols:
 
 
 def _symbols(matrix: Matrix, bits: int, low_bits: int) -> _Symbols | None:
-    """None if even the top eight bits would leave no low bits out, so nothing is to be coded."""
+    """None if there would be no low bits left to leave out, so nothing is to be coded."""
+    low_bits = max(low_bits, bits - 16)
     # Coding sees 256 different symbols at most; give up low bits until no more occur.
-    while True:
-        if low_bits >= bits:
-            return None
-        seen = np.zeros(1 << min(bits - low_bits, 16), bool)
-        if bits - low_bits > 16:
-            low_bits = bits - 16
-            continue
-        high = (matrix >> low_bits).astype(np.uint16)
-        seen[high] = True
+    while low_bits < bits:
+        seen = ops.seen_symbols(matrix, low_bits, 1 << (bits - low_bits))
         alphabet = np.flatnonzero(seen)
         if len(alphabet) <= 256:
-            break
+            index_of = np.zeros(len(seen), np.uint8)
+            index_of[alphabet] = np.arange(len(alphabet), dtype=np.uint8)
+            return _Symbols(ops.index_symbols(matrix, low_bits, index_of), alphabet, low_bits)
         low_bits += 1
-    index_of = np.zeros(len(seen), np.uint8)
-    index_of[alphabet] = np.arange(len(alphabet), dtype=np.uint8)
-    return _Symbols(index_of[high], alphabet, low_bits)
+    return None
 
 
 def _encode_symbols(symbols: _Symbols) -> bytes:

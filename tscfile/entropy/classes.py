@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from tscfile_kernels import ops
 from tscfile_kernels.ops import PROBABILITY_BITS
 
 _BITS_PER_ENTRY = 6.5
 _MAX_CLASSES = 32
 _SYMBOLS_PER_CLASS = 4096
+_SAMPLED_COLUMNS = 256
 _ROUNDS = 8
+_FINAL_ROUNDS = 2
 _TOTAL = 1 << PROBABILITY_BITS
+
+# Code lengths in 1/256 bit: a column of 65536 symbols, the longest there is, of 16 bits each then
+# stays below 1 << 31, as `ops.nearest_class` wants it.
+_UNITS_PER_BIT = 256
+_LONGEST = 16 * _UNITS_PER_BIT
 
 
 def choose(counts: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
@@ -31,23 +39,28 @@ def choose(counts: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.ui
     >>> frequencies.tolist(), class_of_column[:4].tolist()
     ([[3686, 410], [451, 3645]], [0, 1, 0, 1])
     """
-    real = counts.astype(np.float32)
-    n_classes = int(min(_MAX_CLASSES, len(counts), 1 + real.sum() // _SYMBOLS_PER_CLASS))
-    labels = _refine(real, _spread(real, n_classes))
-    labels = _merge(real, labels)
+    n_classes = int(min(_MAX_CLASSES, len(counts), 1 + counts.sum() // _SYMBOLS_PER_CLASS))
+    # Classes are found on some of the columns: they are alike, and the search is the slow part.
+    sample = counts
+    if len(counts) > _SAMPLED_COLUMNS:
+        picked = np.random.default_rng(0).choice(len(counts), _SAMPLED_COLUMNS, replace=False)
+        sample = counts[picked]
+    labels = _refine(sample, _spread(sample, n_classes), _ROUNDS)
+    totals = _merge(ops.class_totals(sample, labels, n_classes).astype(np.float32))
+    labels = _refine(counts, _assign(counts, totals), _FINAL_ROUNDS)
     _, labels = np.unique(labels, return_inverse=True)
-    totals = _class_counts(real, labels, int(labels.max()) + 1)
-    return labels.astype(np.uint8), np.stack([_normalise(total) for total in totals])
+    final = ops.class_totals(counts, labels.astype(np.uint8), int(labels.max()) + 1)
+    return labels.astype(np.uint8), np.stack([_normalise(total) for total in final])
 
 
-def _spread(counts: NDArray[np.float32], n_classes: int) -> NDArray[np.int64]:
+def _spread(counts: NDArray[np.uint32], n_classes: int) -> NDArray[np.uint8]:
     """A first labelling: farthest columns in Hellinger distance are the centres."""
-    points = np.sqrt(counts / counts.sum(axis=1, keepdims=True))
+    points = np.sqrt(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
     centre = 0
     nearest = np.full(len(points), np.inf, np.float32)
-    labels = np.zeros(len(points), np.int64)
+    labels = np.zeros(len(points), np.uint8)
     for label in range(n_classes):
-        distance = 2 - 2 * points @ points[centre]
+        distance = 2 - 2 * np.einsum("cs,s->c", points, points[centre])
         closer = distance < nearest
         labels[closer] = label
         nearest = np.minimum(nearest, distance)
@@ -55,40 +68,48 @@ def _spread(counts: NDArray[np.float32], n_classes: int) -> NDArray[np.int64]:
     return labels
 
 
-def _refine(counts: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def _refine(counts: NDArray[np.uint32], labels: NDArray[np.uint8], rounds: int) -> NDArray[np.uint8]:
     """k-means with code length as the distance."""
-    n_classes, n_symbols = int(labels.max()) + 1, counts.shape[1]
-    for _ in range(_ROUNDS):
-        totals = _class_counts(counts, labels, n_classes) + np.float32(0.02)
-        # The sum first: a class without columns then has even odds, not none.
-        lengths = -np.log2(totals / totals.sum(axis=1, keepdims=True))
-        moved = (counts @ lengths.reshape(n_classes, n_symbols).T).argmin(axis=1)
+    n_classes = int(labels.max()) + 1
+    for _ in range(rounds):
+        moved = _assign(counts, ops.class_totals(counts, labels, n_classes).astype(np.float32))
         if (moved == labels).all():
             break
         labels = moved
     return labels
 
 
-def _merge(counts: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Join the pair of classes that saves most, as long as any pair saves bits."""
-    _, labels = np.unique(labels, return_inverse=True)
-    labels = labels.astype(np.int64)
-    n_classes = int(labels.max()) + 1
-    totals = _class_counts(counts, labels, n_classes)
+def _assign(counts: NDArray[np.uint32], totals: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The best class for each column, given what each class holds now."""
+    # A little for symbols that a class has not seen; a class without columns has even odds.
+    smoothed = totals + np.float32(0.02)
+    bits = -np.log2(smoothed / smoothed.sum(axis=1, keepdims=True))
+    lengths = np.minimum(np.rint(bits * _UNITS_PER_BIT), _LONGEST).astype(np.int32)
+    return ops.nearest_class(counts, lengths)
+
+
+def _merge(totals: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Join the pair of classes that saves most, as long as any pair saves bits.
+
+    ``totals``: symbol counts ``[n_classes, n_symbols]``; returns those of the classes left.
+    """
+    totals = totals[totals.sum(axis=1) > 0]
+    n_classes = len(totals)
     costs = _cost(totals)
     gains = np.full((n_classes, n_classes), -np.inf, np.float32)
     for a in range(n_classes - 1):
         gains[a, a + 1 :] = costs[a] + costs[a + 1 :] - _cost(totals[a] + totals[a + 1 :])
+    alive = np.ones(n_classes, bool)
     while gains.max() > 0:
         a, b = (int(i) for i in np.unravel_index(gains.argmax(), gains.shape))
-        labels[labels == b] = a
+        alive[b] = False
         totals[a] += totals[b]
         gains[b, :] = gains[:, b] = -np.inf
         costs[a] = _cost(totals[a : a + 1])[0]
         renewed = costs[a] + costs - _cost(totals[a] + totals)
-        gains[a, a + 1 :] = np.where(np.isfinite(gains[a, a + 1 :]), renewed[a + 1 :], -np.inf)
-        gains[:a, a] = np.where(np.isfinite(gains[:a, a]), renewed[:a], -np.inf)
-    return labels
+        gains[a, a + 1 :] = np.where(alive[a + 1 :], renewed[a + 1 :], -np.inf)
+        gains[:a, a] = np.where(alive[:a], renewed[:a], -np.inf)
+    return totals[alive]
 
 
 def _cost(totals: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -99,16 +120,9 @@ def _cost(totals: NDArray[np.float32]) -> NDArray[np.float32]:
     return sums * np.log2(np.maximum(sums, 1)) - own + np.float32(_BITS_PER_ENTRY) * entries
 
 
-def _class_counts(
-    counts: NDArray[np.float32], labels: NDArray[np.int64], n_classes: int
-) -> NDArray[np.float32]:
-    one_hot = (labels == np.arange(n_classes)[:, None]).astype(np.float32)
-    return one_hot @ counts
-
-
-def _normalise(total: NDArray[np.float32]) -> NDArray[np.uint16]:
+def _normalise(total: NDArray[np.int64]) -> NDArray[np.uint16]:
     """Frequencies that sum to 4096, at least 1 for every symbol in use."""
-    exact = total.astype(np.float64) * (_TOTAL / float(total.sum()))
+    exact = total * (_TOTAL / float(total.sum()))
     frequencies = np.maximum(np.rint(exact), total > 0).astype(np.int64)
     # What rounding left over goes to the largest, where a unit changes the length least.
     surplus = int(frequencies.sum()) - _TOTAL
