@@ -1,0 +1,1 @@
+"""Taking a snapshot back into an engine: loading, proving that it fits, continuing from it."""
