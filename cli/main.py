@@ -12,13 +12,17 @@ import click
 from tscfile import __version__
 from tscfile.errors import TscError
 
+from .options import printable
+
 _COMMANDS = {
     "pack": "Put a saved session away.",
     "append": "Add a later save of the same conversation.",
     "unpack": "Take a session out again.",
+    "convert": "Turn one cache file into another kind.",
     "info": "Say what an archive holds.",
     "verify": "Check an archive.",
     "resume": "Continue a conversation in llama.cpp.",
+    "eval": "Measure what lossy caches cost a model.",
 }
 
 INTERRUPTED = 130
@@ -79,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"tsc: {' '.join(message.split())}", file=sys.stderr)
+    print(f"tsc: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

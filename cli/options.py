@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STDIO = "-"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def archive_argument(function: F) -> F:
@@ -62,13 +63,20 @@ def snapshot_option(function: F) -> F:
 def print_json(value: Any) -> None:
     """A dataclass or plain value as indented JSON on stdout."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    # Paths are bytes and need not be text.
+    click.echo(text.encode(errors="replace").decode())
+
+
+def printable(text: str) -> str:
+    """Text with a mark for whatever a terminal would obey or could not show."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def say(message: str, quiet: bool) -> None:
     """Words go to stderr; stdout is for data."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo(printable(message), err=True)
 
 
 def size(n_bytes: float) -> str:
@@ -76,13 +84,10 @@ def size(n_bytes: float) -> str:
     >>> size(1019328)
     '1.02 MB'
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            break
-        n_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
+    unit = 0
+    while n_bytes >= 1000 and unit < len(_UNITS) - 1:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.3g} {_UNITS[unit]}" if unit else f"{n_bytes:.0f} B"
 
 
 @contextmanager
@@ -98,6 +103,12 @@ def progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total or None)
         yield lambda n: bar.advance(task, n)
+
+
+def check_apart(source: Path, output: Path) -> None:
+    """A source is kept, so it cannot be the output too, not even with ``-f``."""
+    if source.exists() and output.exists() and source.samefile(output):
+        raise click.UsageError(f"{output} is the source itself; name another output")
 
 
 @contextmanager

@@ -16,7 +16,8 @@ PROBABILITY_BITS = 12
 """Frequencies of a class sum to ``1 << PROBABILITY_BITS``."""
 
 LANES = 32
-"""Independent rANS states; symbol ``i`` of the row-major matrix belongs to lane ``i % LANES``."""
+"""Independent rANS states unless told otherwise; symbol ``i`` of the row-major matrix belongs to
+lane ``i % lanes``. More are faster, and each takes four to eight bytes."""
 
 LOWER_BOUND = 1 << 16
 """A state stays in ``[LOWER_BOUND, 1 << 32)`` and is renormalised by 16-bit words."""
@@ -25,7 +26,7 @@ BACKENDS = ("cpu", "reference")
 
 
 def backend(name: str, module: str) -> ModuleType:
-    """The ``module`` ("rans", "bits", "symbols") of a backend; `ValueError` for an unknown backend."""
+    """The ``module`` ("rans", "bits", "symbols") of a backend; `ValueError` for one not known."""
     if name not in BACKENDS:
         raise ValueError(f"no kernel backend {name!r}; there are {', '.join(BACKENDS)}")
     return importlib.import_module(f"tscfile_kernels.{name}.{module}")
@@ -95,6 +96,7 @@ def rans_encode(
     symbols: NDArray[np.uint8],
     class_of_column: NDArray[np.uint8],
     frequencies: NDArray[np.uint16],
+    lanes: int = LANES,
     on: str = "cpu",
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Code a matrix of symbols with one static distribution per class of columns.
@@ -104,7 +106,7 @@ def rans_encode(
     positive wherever the class uses the symbol (not checked: an unused symbol divides by zero).
 
     Returns the 16-bit words of all lanes, lane after lane, in the order the decoder reads them,
-    and uint32 ``[LANES]``, the number of words of each lane. A lane starts with its final encoder
+    and uint32 ``[lanes]``, the number of words of each lane. A lane starts with its final encoder
     state, high word first. Range asymmetric numeral systems as in Duda, arXiv:1311.2540.
 
     >>> import numpy as np
@@ -120,7 +122,9 @@ def rans_encode(
     _check_frequencies(frequencies)
     if len(class_of_column) != symbols.shape[1]:
         raise ValueError("class_of_column needs one entry for each column of symbols")
-    words, lengths = backend(on, "rans").rans_encode(symbols, class_of_column, frequencies)
+    if not 1 <= lanes <= LANES:
+        raise ValueError(f"{lanes} lanes are not between 1 and {LANES}")
+    words, lengths = backend(on, "rans").rans_encode(symbols, class_of_column, frequencies, lanes)
     return words, lengths
 
 
@@ -151,7 +155,7 @@ def rans_decode(
         raise ValueError("class_of_column needs one entry for each column of out")
     if len(class_of_column) and int(class_of_column.max()) >= len(frequencies):
         raise ValueError("class_of_column names a class without frequencies")
-    if len(lengths) != LANES or int(lengths.sum(dtype=np.uint64)) != len(words):
+    if not 1 <= len(lengths) <= LANES or int(lengths.sum(dtype=np.uint64)) != len(words):
         return False
     if int(lengths.min()) < 2:
         return False

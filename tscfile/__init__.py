@@ -27,6 +27,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .archive import Archive, Frames
     from .packing import PackReport, append, pack
+    from .sources.hf_cache import from_cache, to_cache
     from .unpacking import StateOptions, unpack
     from .verification import VerifyReport, verify
 
@@ -45,8 +46,10 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "append",
+    "from_cache",
     "open",
     "pack",
+    "to_cache",
     "unpack",
     "verify",
 ]
@@ -58,7 +61,9 @@ _HOMES = {
     "StateOptions": "unpacking",
     "VerifyReport": "verification",
     "append": "packing",
+    "from_cache": "sources.hf_cache",
     "pack": "packing",
+    "to_cache": "sources.hf_cache",
     "unpack": "unpacking",
     "verify": "verification",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, pipeline, workers
+from .bytestream import Allowance
 from .container.reader import Container
 from .container.records import (
     CHUNK,
@@ -20,18 +21,19 @@ from .container.records import (
     ChunkEntry,
     FrameRun,
     Header,
-    Limits,
+    OpaqueEntry,
     SnapshotRecord,
     TrackRecord,
     Trailer,
 )
 from .entropy import zstd
-from .errors import DamagedError, UsageError
+from .errors import DamagedError, UnsupportedError, UsageError
 from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
 
 Rows = NDArray[np.uint8]
 
-_SLACK_BYTES = 64 << 20
+_CACHED_RECORDS = 32 << 20
+"""Bytes of snapshot records that are kept once they are read."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +68,45 @@ class ArchivedTrack:
         Decodes the chunks that hold them and no others, on all cores. `IndexError` if the frames
         are not in the track, `DamagedError` if the archive does not hold what it says.
         """
+        self._check_range(start, stop)
+        chosen = list(range(len(self.tensors)) if tensors is None else tensors)
+        out = [np.empty((stop - start, self.tensors[i].row_bytes), np.uint8) for i in chosen]
+        self._decode(start, stop, dict(zip(chosen, out, strict=True)))
+        return out
+
+    def read_into(self, start: int, stop: int, out: Sequence[Rows]) -> None:
+        """Like `read` of all tensors, into the arrays ``out``."""
+        self._check_range(start, stop)
+        self._decode(start, stop, dict(enumerate(out)))
+
+    def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self.cells):
             raise IndexError(f"frames {start} to {stop} of a track of {len(self.cells)}")
-        chosen = list(range(len(self.tensors)) if tensors is None else tensors)
-        place = {tensor: i for i, tensor in enumerate(chosen)}
-        out = [np.empty((stop - start, self.tensors[i].row_bytes), np.uint8) for i in chosen]
+
+    def _decode(self, start: int, stop: int, out: dict[int, Rows]) -> None:
+        """Fill ``out``, arrays by tensor, with frames ``start`` to ``stop``."""
 
         def decode(task: tuple[FrameRun, int, ChunkEntry]) -> None:
             run, at, chunk = task
             rows = self._archive.decode(run.block, chunk, self.tensors)
             for i, part in enumerate(rows, chunk.first_tensor):
-                if i in place:
-                    out[place[i]][at : at + run.count] = part[run.first : run.first + run.count]
+                if i in out:
+                    out[i][at : at + run.count] = part[run.first : run.first + run.count]
 
-        workers.run(decode, self._tasks(start, stop, place))
-        if len(chosen) == len(self.tensors):
+        workers.run(decode, self._tasks(start, stop, out))
+        if len(out) == len(self.tensors):
             workers.run(self._check_block, self._whole_blocks(start, stop, out))
-        return out
 
-    def _whole_blocks(self, start: int, stop: int, out: list[Rows]) -> Iterator[tuple[int, list[Rows]]]:
+    def _whole_blocks(
+        self, start: int, stop: int, out: dict[int, Rows]
+    ) -> Iterator[tuple[int, list[Rows]]]:
         """Blocks that were decoded whole, with their rows."""
         at = 0
         for run in self.runs:
             first, last = at - start, at + run.count - start
-            if first >= 0 and last <= stop - start and run.count == self._archive.block(run).n_frames:
-                yield run.block, [part[first:last] for part in out]
+            is_whole = run.count == self._archive.block(run).n_frames
+            if first >= 0 and last <= stop - start and is_whole:
+                yield run.block, [out[i][first:last] for i in range(len(out))]
             at += run.count
 
     def _check_block(self, task: tuple[int, list[Rows]]) -> None:
@@ -98,7 +114,7 @@ class ArchivedTrack:
         self._archive.check_content(number, rows)
 
     def _tasks(
-        self, start: int, stop: int, wanted: dict[int, int]
+        self, start: int, stop: int, wanted: Collection[int]
     ) -> Iterator[tuple[FrameRun, int, ChunkEntry]]:
         """Chunks to decode: the part of a run that is asked for, where it goes, the chunk."""
         at = 0
@@ -126,10 +142,10 @@ class Archive:
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
         self._records: dict[int, SnapshotRecord] = {}
-        self._limits = Limits(
-            max_cells=sum(block.n_frames for block in self._container.blocks),
-            max_tokens=(2 * self.size + _SLACK_BYTES) // 16,
-        )
+        self._record_bytes: dict[int, int] = {}
+        self._max_cells = sum(block.n_frames for block in self._container.blocks)
+        # Decoding a chunk takes a few times its size, on every core.
+        self._max_chunk = max(blocks.MOST_CHUNK_BYTES, self.size // 4)
 
     def close(self) -> None:
         self._container.close()
@@ -161,7 +177,7 @@ class Archive:
             )
         wanted = number % n
         # Tokens are told from the parent's, so parents come first; a loop, as chains are long.
-        pending = [wanted]
+        pending = [] if wanted in self._records else [wanted]
         while pending:
             payload, where = self._payload(pending[-1])
             parent = SnapshotRecord.read_parent(payload, where)
@@ -176,14 +192,12 @@ class Archive:
     def snapshot(self, number: int = -1) -> Snapshot:
         """Snapshot ``number`` with tracks that decode on demand, and its opaque parts."""
         record = self.record(number)
-        opaque = {
-            entry.name: self._opaque(entry.name, record) for entry in record.opaque
-        }
+        allowance = self._container.allowance()
         return Snapshot(
             tokens=record.tokens,
             tracks=[ArchivedTrack(self, track) for track in record.tracks],
             source=dict(record.source),
-            opaque=opaque,
+            opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
         )
 
@@ -205,6 +219,8 @@ class Archive:
         (10, 128)
         """
         record = self.record(snapshot)
+        if frames and not 0 <= frames[0] <= frames[1]:
+            raise UsageError(f"frames {frames[0]} to {frames[1]}: give a start and a later stop")
         result = []
         for track in (ArchivedTrack(self, part) for part in record.tracks):
             chosen = [
@@ -231,11 +247,12 @@ class Archive:
         """Rows of one chunk of block ``number``, checked against the index and ``tensors``."""
         where = f"{self.path}: block {number}, chunk at offset {chunk.ref.offset}"
         payload = self._container.read(chunk.ref, CHUNK, chunk.payload_checksum)
-        header, rows = pipeline.decode_chunk(payload, where)
+        header, rows = pipeline.decode_chunk(payload, where, self._max_chunk)
         expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
         if (
             header.n_frames != self._container.blocks[number].n_frames
             or (header.first_tensor, header.codec) != (chunk.first_tensor, chunk.codec)
+            or (header.quality_layer, header.raw_length) != (chunk.quality_layer, chunk.raw_length)
             or list(header.row_bytes) != [tensor.row_bytes for tensor in expected]
             or any(tensor.dtype.ggml_id != header.dtype_id for tensor in expected)
         ):
@@ -271,17 +288,41 @@ class Archive:
 
     def _load(self, number: int, payload: memoryview, parent: int | None, where: str) -> None:
         tokens = np.zeros(0, np.int32) if parent is None else self._records[parent].tokens
-        record = SnapshotRecord.read(payload, tokens, self._limits, where)
+        allowance = self._container.allowance()
+        full = allowance.left
+        record = SnapshotRecord.read(payload, tokens, self._max_cells, where, allowance)
         if record.number != number:
             raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
         for track in record.tracks:
             for run in track.runs:
-                self.block(run)
+                self._check_chunks(self.block(run), track, where)
         self._records[number] = record
+        self._record_bytes[number] = full - allowance.left
+        # The oldest go; one that is needed again is read again.
+        while len(self._records) > 1 and sum(self._record_bytes.values()) > _CACHED_RECORDS:
+            oldest = next(iter(self._records))
+            del self._records[oldest], self._record_bytes[oldest]
 
-    def _opaque(self, name: str, record: SnapshotRecord) -> bytes:
-        entry = next(entry for entry in record.opaque if entry.name == name)
-        where = f"{self.path}: opaque part {name!r} at offset {entry.ref.offset}"
+    def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
+        """The chunks of a block must be all tensors of the track, once and in order."""
+        next_tensor = 0
+        for chunk in block.chunks:
+            if chunk.quality_layer:
+                raise UnsupportedError(
+                    f"{where}: has quality layers, which this build does not know; "
+                    "a newer tscfile may"
+                )
+            held = track.tensors[next_tensor : next_tensor + chunk.n_tensors]
+            raw_length = block.n_frames * sum(spec.row_bytes for spec in held)
+            if (chunk.first_tensor, chunk.raw_length) != (next_tensor, raw_length):
+                break
+            next_tensor += chunk.n_tensors
+        if next_tensor != len(track.tensors):
+            raise DamagedError(f"{where}: a block does not hold the tensors of its track; damaged")
+
+    def _opaque(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:
+        where = f"{self.path}: opaque part {entry.name!r} at offset {entry.ref.offset}"
+        allowance.claim(entry.raw_length, where)
         content = zstd.decompress(
             self._container.read(entry.ref, OPAQUE), entry.raw_length, where
         )

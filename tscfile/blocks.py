@@ -9,12 +9,27 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from .container.records import ID_BYTES
+from .errors import UnsupportedError
 from .model import BLOCK_FRAMES, CellTable, TensorSpec
 
 CHUNK_BYTES = 1 << 20
 """Raw bytes of a full block's chunk at most, unless one tensor alone has more."""
 
+MOST_CHUNK_BYTES = 8 << 20
+"""Raw bytes of any chunk at most: readers take that much from a file of any size."""
+
 NO_ID = bytes(ID_BYTES)
+
+
+def block_frames(tensors: Sequence[TensorSpec]) -> int:
+    """Frames of a full block: fewer where rows are so long that a chunk would be too large.
+
+    `UnsupportedError` if a single row is.
+    """
+    longest = max((tensor.row_bytes for tensor in tensors), default=1)
+    if longest > MOST_CHUNK_BYTES:
+        raise UnsupportedError(f"rows of {longest} bytes are longer than {MOST_CHUNK_BYTES}")
+    return min(BLOCK_FRAMES, MOST_CHUNK_BYTES // longest)
 
 
 def block_ranges(start: int, stop: int, n_frames: int = BLOCK_FRAMES) -> Iterator[tuple[int, int]]:

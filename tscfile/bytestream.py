@@ -7,19 +7,39 @@ import struct
 from .errors import DamagedError, TruncatedError
 
 
+class Allowance:
+    """Memory that what a file describes may take.
+
+    A few bytes can describe a lot (a run of equal integers, a count of small items), so readers
+    claim the memory before they make it.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self.left = n_bytes
+
+    def claim(self, n_bytes: int, where: str) -> None:
+        """`DamagedError` if ``n_bytes`` are more than is left."""
+        if n_bytes > self.left:
+            raise DamagedError(f"{where}: describes more than a file of its size can hold; damaged")
+        self.left -= n_bytes
+
+
 class ByteReader:
     """Walks over a byte string; a read past its end is a `TruncatedError`.
 
-    ``where`` names the bytes in error messages.
+    ``where`` names the bytes in error messages; ``allowance`` bounds what they may describe.
 
     >>> reader = ByteReader(b"\\x96\\x01\\x02ab", "example")
     >>> reader.uvarint(), reader.string()
     (150, 'ab')
     """
 
-    def __init__(self, data: bytes | memoryview, where: str) -> None:
+    def __init__(
+        self, data: bytes | memoryview, where: str, allowance: Allowance | None = None
+    ) -> None:
         self._data = memoryview(data)
         self._at = 0
+        self._allowance = allowance
         self.where = where
 
     @property
@@ -57,13 +77,22 @@ class ByteReader:
             raise DamagedError(f"{self.where}: a variable-length integer is out of range")
         return value
 
-    def count(self, item_bytes: int = 1) -> int:
-        """A count of items that take at least ``item_bytes`` bytes each from here on."""
+    def claim(self, n_bytes: int) -> None:
+        """Take memory from the allowance, if there is one; `DamagedError` if it is used up."""
+        if self._allowance is not None:
+            self._allowance.claim(n_bytes, self.where)
+
+    def count(self, item_bytes: int = 1, item_memory: int = 0) -> int:
+        """A count of items that take at least ``item_bytes`` bytes each from here on.
+
+        ``item_memory`` is about what an item takes when read; it is claimed for all of them.
+        """
         n = self.uvarint()
         if n * item_bytes > self.remaining:
             raise DamagedError(
                 f"{self.where}: {n} items cannot lie in {self.remaining} bytes; damaged"
             )
+        self.claim(n * item_memory)
         return n
 
     def string(self) -> str:

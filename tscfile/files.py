@@ -26,9 +26,13 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[i
     target = Path(path)
     _refuse(target, force)
     try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        fd, temporary = tempfile.mkstemp(".tmp", f".{target.name}.", target.parent)
     except FileNotFoundError:
         raise UsageError(f"{target}: the folder {target.parent} does not exist") from None
+    except OSError as error:
+        # Not the temporary file's name, of which nobody knows.
+        error.filename = os.fspath(target)
+        raise
     try:
         os.fchmod(fd, PRIVATE)
         yield fd
@@ -37,8 +41,10 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[i
             os.replace(temporary, target)
         else:
             _rename_to_new(temporary, target)
-    except BaseException:
+    except BaseException as error:
         _unlink_quietly(temporary)
+        if isinstance(error, OSError):
+            name_file(error, target)
         raise
     finally:
         os.close(fd)
@@ -60,18 +66,13 @@ def new_mapped_file(
 
 @contextmanager
 def mapped(fd: int, size: int) -> Iterator[memoryview]:
-    """A writable view of the first ``size`` bytes of an open file, allocated and synced."""
+    """A writable view of the first ``size`` bytes of an open file, for which there is room."""
     if not size:
         yield memoryview(bytearray())
         return
     _allocate(fd, size)
-    with mmap.mmap(fd, size) as area:
-        view = memoryview(area)
-        try:
-            yield view
-        finally:
-            view.release()
-        area.flush()
+    # Not closed here: after an error the functions that are being left still hold parts of it.
+    yield memoryview(mmap.mmap(fd, size))
 
 
 def _allocate(fd: int, size: int) -> None:
@@ -129,6 +130,12 @@ def _unlink_quietly(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
+
+
+def name_file(error: OSError, path: str | os.PathLike[str]) -> None:
+    """Let an error of a descriptor say which file it was; others say it already."""
+    if error.errno is not None and error.filename is None:
+        error.filename = os.fspath(path)
 
 
 def describe_os_error(error: OSError, path: str) -> TscError:

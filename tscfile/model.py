@@ -98,6 +98,19 @@ class Track(Protocol):
         ...
 
 
+def read_into(track: Track, start: int, stop: int, out: Sequence[NDArray[np.uint8]]) -> None:
+    """Frames ``start`` to ``stop`` of all tensors into arrays of the right shapes, one for each.
+
+    A track that can decode in place has ``read_into(start, stop, out)`` and saves a copy.
+    """
+    in_place = getattr(track, "read_into", None)
+    if in_place is not None:
+        in_place(start, stop, out)
+        return
+    for place, rows in zip(out, track.read(start, stop), strict=True):
+        place[:] = rows
+
+
 @dataclass
 class ModelIdentity:
     """What is known of the model that made the state; unknown facts are absent.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from . import blocks, files, pipeline, temporal, workers
@@ -22,6 +21,7 @@ from .container.records import (
     SnapshotRecord,
     TrackRecord,
     common_prefix,
+    logical_seed,
 )
 from .container.writer import ContainerWriter, EncodedChunk
 from .entropy import zstd
@@ -30,6 +30,9 @@ from .identity import compare
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
 from .tiers import DEFAULT_TIER, Tier, tier_from_name
+
+_MOST_DENSE = 4 << 20
+"""Opaque bytes that may be packed to less than half."""
 
 Source = str | os.PathLike[str] | Snapshot
 Progress = Callable[[int], None]
@@ -111,16 +114,19 @@ def append(
     snapshot, label = _open(source, name)
     with _locked(path, wait) as fd, Archive(path) as archive:
         planned = _plan(archive, snapshot)
+        recorded = ModelIdentity()
         if planned.parent is not None:
             recorded = ModelIdentity(dict(archive.record(planned.parent).identity))
-            _identify(snapshot, identity, recorded)
+        _identify(snapshot, identity, recorded)
         before = archive.container.whole_end
         try:
             writer = ContainerWriter(fd, archive.container)
             number = _store(writer, snapshot, planned, chosen, label, archive, progress)
             size = writer.commit()
-        except BaseException:
+        except BaseException as error:
             os.ftruncate(fd, before)
+            if isinstance(error, OSError):
+                files.name_file(error, path)
             raise
     return _report(number, snapshot, planned, size, size - before)
 
@@ -142,9 +148,11 @@ class _Planned:
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
-    if isinstance(source, Snapshot):
-        return source, name or ""
-    return open_source(source), name if name is not None else Path(source).name
+    snapshot = source if isinstance(source, Snapshot) else open_source(source)
+    if name is None:
+        name = "" if isinstance(source, Snapshot) else Path(source).name
+    # File names are bytes and need not be text.
+    return snapshot, os.fsencode(name).decode(errors="replace")
 
 
 def _identify(
@@ -178,13 +186,14 @@ def _plan(archive: Archive, snapshot: Snapshot) -> _Planned:
         (track.cache, track.stream): track
         for track in (ArchivedTrack(archive, part) for part in archive.record(parent).tracks)
     }
+    n_cells = sum(len(track.cells) for track in old_tracks.values())
     plans = [_plan_one(archive, old_tracks, track) for track in snapshot.tracks]
-    if not n_common and all(plan.n_new == len(plan.block) for plan in plans):
+    # Where the file has nothing yet, nothing can be in common.
+    if n_cells and not n_common and all(plan.n_new == len(plan.block) for plan in plans):
         raise MismatchError(
             f"{archive.path}: the save has no tokens and no frame in common with the file; "
             "pack it into a file of its own"
         )
-    n_cells = sum(len(track.cells) for track in old_tracks.values())
     return _Planned(parent, n_cells, plans, n_common)
 
 
@@ -217,7 +226,8 @@ def _plan_one(
 
 
 def _layout(tensor: object) -> tuple[object, ...]:
-    return tuple(getattr(tensor, key) for key in ("layer", "role", "dtype", "row_bytes", "rotation"))
+    keys = ("layer", "role", "dtype", "row_bytes", "rotation")
+    return tuple(getattr(tensor, key) for key in keys)
 
 
 def _same_rows(
@@ -284,9 +294,11 @@ def _store_frames(
     tier: Tier,
     progress: Progress | None,
 ) -> None:
-    ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span)]
-    seed = blake3(repr(sorted(snapshot.identity.facts.items())).encode()).digest()
-    ids = blocks.logical_ids(track.cells, snapshot.tokens, seed, ranges)
+    n_frames = blocks.block_frames(track.tensors)
+    ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
+    ids = blocks.logical_ids(
+        track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
+    )
     chunk_ranges = blocks.chunk_ranges(track.tensors)
 
     def encode(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
@@ -300,7 +312,7 @@ def _store_frames(
     frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
-        plan.store(start, stop, writer.add_block(content, logical, chunks))
+        plan.store(start, stop, writer.add_block(stop - start, content, logical, chunks))
         if progress:
             progress((stop - start) * frame_bytes)
 
@@ -313,7 +325,11 @@ def _store_opaque(
     for entry in parent.opaque if parent else ():
         if (entry.content_id, entry.raw_length) == (content_id, len(content)):
             return OpaqueEntry(name, entry.ref, entry.raw_length, content_id)
-    ref = writer.add_opaque(zstd.compress(content))
+    body = zstd.compress(content)
+    if len(content) > _MOST_DENSE and len(content) > 2 * len(body):
+        # Readers do not unpack a large part from a small record.
+        body = zstd.store(content)
+    ref = writer.add_opaque(body)
     return OpaqueEntry(name, ref, len(content), content_id)
 
 

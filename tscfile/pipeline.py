@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import registry
 from .bytestream import ByteReader, ByteWriter
-from .container.records import ChunkHeader
+from .container.records import MAX_CHUNK_BYTES, ChunkHeader
 from .container.writer import EncodedChunk
 from .dtypes import DType, dtype_from_ggml
 from .errors import DamagedError, UnsupportedError
@@ -39,10 +39,17 @@ def encode_chunk(
     return EncodedChunk(header, body)
 
 
-def decode_chunk(payload: memoryview, where: str) -> tuple[ChunkHeader, list[Rows]]:
-    """Header and rows of a chunk, one uint8 ``[n_frames, row_bytes]`` for each tensor."""
+def decode_chunk(
+    payload: memoryview, where: str, max_raw: int = MAX_CHUNK_BYTES
+) -> tuple[ChunkHeader, list[Rows]]:
+    """Header and rows of a chunk, one uint8 ``[n_frames, row_bytes]`` for each tensor.
+
+    A chunk of more than ``max_raw`` raw bytes is taken for damaged.
+    """
     reader = ByteReader(payload, where)
     header = ChunkHeader.read(reader)
+    if header.raw_length > max_raw:
+        raise DamagedError(f"{where}: {header.raw_length} raw bytes, at most {max_raw}; damaged")
     dtype = dtype_from_ggml(header.dtype_id)
     if any(not n or n % dtype.block_bytes for n in header.row_bytes):
         raise DamagedError(f"{where}: rows are no whole number of {dtype.name} blocks; damaged")

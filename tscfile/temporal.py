@@ -94,27 +94,30 @@ def name_plan(plans: Sequence[TrackPlan], n_old_cells: int) -> str:
 
 
 def _match_cells(old: CellTable, new: CellTable) -> NDArray[np.int64]:
-    """For each new cell an old one of the same position and sequence, or -1: int64 ``[n_new]``."""
-    old_keys, new_keys = _cell_keys(old), _cell_keys(new)
-    order = np.argsort(old_keys, kind="stable")
+    """For each new cell an old one of the same position and sequence, or -1: int64 ``[n_new]``.
+
+    Where several cells share both (the patches of an image), the first is matched with the first,
+    the second with the second, so that no old cell is taken twice.
+    """
+    (old_keys, old_order), (new_keys, new_order) = _sorted_keys(old), _sorted_keys(new)
+    nth = np.arange(len(new_keys)) - np.searchsorted(new_keys, new_keys)
+    at = np.searchsorted(old_keys, new_keys) + nth
+    inside = np.flatnonzero(at < len(old_keys))
+    hits = inside[old_keys[at[inside]] == new_keys[inside]]
     found = np.full(len(new_keys), -1, np.int64)
-    if len(order):
-        at = np.searchsorted(old_keys[order], new_keys)
-        inside = at < len(order)
-        hit = np.zeros(len(new_keys), bool)
-        hit[inside] = old_keys[order[at[inside]]] == new_keys[inside]
-        found[hit] = order[at[hit]]
+    found[new_order[hits]] = old_order[at[hits]]
     return found
 
 
-def _cell_keys(cells: CellTable) -> NDArray[np.int64]:
-    """Position and first sequence of each cell in one integer. Where several cells share both
-    (the patches of an image), the first stands for all: only the match is worse for it."""
+def _sorted_keys(cells: CellTable) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Position and first sequence of each cell in one integer, rising, and whose they are."""
     first = np.full(len(cells), -1, np.int64)
     has_id = cells.seq_counts > 0
     starts = np.cumsum(cells.seq_counts, dtype=np.int64) - cells.seq_counts
     first[has_id] = cells.seq_ids[starts[has_id]]
-    return first << 32 | cells.pos.astype(np.int64)
+    keys = first << 32 | cells.pos.astype(np.int64) & 0xFFFFFFFF
+    order = np.argsort(keys, kind="stable")
+    return keys[order], order
 
 
 def _segments(block: NDArray[np.int64], frame: NDArray[np.int64]) -> list[tuple[int, int]]:

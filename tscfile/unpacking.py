@@ -9,19 +9,23 @@ from dataclasses import dataclass
 from . import files
 from .archive import Archive
 from .errors import DamagedError, UsageError
-from .model import Snapshot
+from .model import ModelIdentity, Snapshot
 
 Progress = Callable[[int], None]
+
+STATE = "state"
+"""The container of a llama.cpp state that keeps, or gets, its usual one."""
 
 
 @dataclass(frozen=True)
 class StateOptions:
     """How to write a llama.cpp state; None keeps what the source had.
 
-    ``container``: "session", "sequence", "state-buffer" or "sequence-buffer"; ``llama_version``:
-    the session number of the build that is to read it (9, 10, 11); ``v_trans``: values channel
-    after channel; ``kv_type``: element type of keys and values; ``head_dim``: head size, needed to
-    convert to or from quantized types where the archive does not know it.
+    ``container``: "session", "sequence", "state-buffer" or "sequence-buffer", "state" for the
+    usual one of these, or another format: "gguf", "safetensors", "npz"; ``llama_version``: the
+    session number of the build that is to read it (9, 10, 11); ``v_trans``: values channel after
+    channel; ``kv_type``: element type of keys and values; ``head_dim``: head size, needed to
+    convert to or from quantized types and transformers' order where the archive does not know it.
     """
 
     container: str | None = None
@@ -80,12 +84,24 @@ def write_snapshot(
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Write ``snapshot`` as a llama.cpp state file; returns its size. See `unpack`."""
+    """Write ``snapshot`` as ``options`` want it; returns the size of the file. See `unpack`.
+
+    Without a container a state of llama.cpp is written as what it was, and a transformers cache,
+    which was no file, as safetensors.
+    """
+    from .sources import SUFFIXES, write_carrier
+    from .sources.hf_layout import FORMAT, as_llama_state
     from .sources.llama_state import state_size, write_state
 
-    snapshot = _retyped(snapshot, options)
+    container = options.container
+    if container is None and snapshot.source.get("format") == FORMAT:
+        container = "safetensors"
+    if container in SUFFIXES:
+        snapshot = _with_head_size(_retyped(snapshot, options), options.head_dim)
+        return write_carrier(snapshot, out, container, force=force, progress=progress)
+    snapshot = _retyped(as_llama_state(snapshot), options)
     layout = {
-        "container": options.container,
+        "container": None if container == STATE else container,
         "llama_version": options.llama_version,
         "v_trans": options.v_trans,
     }
@@ -95,9 +111,28 @@ def write_snapshot(
     return size
 
 
+def suffix_of(snapshot: Snapshot, container: str | None) -> str:
+    """What the name of a file ends in that `write_snapshot` makes of ``snapshot``."""
+    from .sources import SUFFIXES
+    from .sources.hf_layout import FORMAT
+
+    if container is None and snapshot.source.get("format") == FORMAT:
+        container = "safetensors"
+    return SUFFIXES.get(container or "", ".kv")
+
+
 def _retyped(snapshot: Snapshot, options: StateOptions) -> Snapshot:
     if options.kv_type is None:
         return snapshot
     from .retype import retype
 
     return retype(snapshot, options.kv_type, head_dim=options.head_dim)
+
+
+def _with_head_size(snapshot: Snapshot, head_dim: int | None) -> Snapshot:
+    if head_dim is None:
+        return snapshot
+    from .sources.hf_layout import with_identity
+
+    facts = {"head_dim_k": head_dim, "head_dim_v": head_dim}
+    return with_identity(snapshot, ModelIdentity(facts))

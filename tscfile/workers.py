@@ -26,6 +26,10 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_workers(), thread_name_prefix="tscfile")
 
 
+# A forked process has none of its parent's threads and would wait for them for ever.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results of ``work`` on ``items`` in order, a few ahead, so that memory stays bounded.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import archive_argument, json_option, print_json, size
+from ..options import archive_argument, json_option, print_json, printable, size
 
 if TYPE_CHECKING:
     from tscfile.description import ArchiveInfo, TensorGroup
@@ -28,7 +28,7 @@ def command(archive: Path, as_json: bool) -> None:
         print_json(info)
         return
     for line in _lines(info):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def _lines(info: ArchiveInfo) -> Iterator[str]:

@@ -10,6 +10,7 @@ from tscfile.tiers import DEFAULT_TIER
 
 from ..options import (
     STDIO,
+    check_apart,
     force_option,
     input_file,
     json_option,
@@ -48,6 +49,7 @@ def command(
 
     if output is None:
         output = Path(STDIO) if str(source) == STDIO else source.with_suffix(".tsc")
+    check_apart(source, output)
     identity = model_identity(model)
     with input_file(source) as path, output_file(output) as target:
         snapshot = open_source(path)

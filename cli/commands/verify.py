@@ -28,7 +28,7 @@ def command(archive: Path, quick: bool, quiet: bool, as_json: bool) -> int:
     if as_json:
         print_json(report)
     for problem in report.problems:
-        click.echo(f"tsc: {problem}", err=True)
+        say(f"tsc: {problem}", quiet=False)
     done = "structure is whole" if quick else "every checksum and block is right"
     if not report.problems:
         say(

@@ -9,8 +9,10 @@ Payloads are read with ``pread`` when asked for, so opening costs the same for a
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 
+from ..bytestream import Allowance
 from ..errors import DamagedError, TruncatedError, UsageError
 from .records import (
     INDEX,
@@ -27,6 +29,7 @@ from .records import (
 
 _SEARCH_WINDOW = 1 << 20
 _MAX_CHAIN = 4096
+_SLACK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Container:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open ``path``; `DamagedError`, `UnsupportedError` or `OSError` if that cannot be."""
         self.path = os.fspath(path)
-        if os.path.isdir(self.path):
-            raise UsageError(f"{self.path}: is a directory; name a .tsc file")
+        # Asked before opening, which would wait for the other end of a pipe.
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise UsageError(f"{self.path}: is not a regular file; name a .tsc file")
         self._fd = os.open(self.path, os.O_RDONLY)
         try:
             self.size = os.fstat(self._fd).st_size
@@ -75,6 +79,10 @@ class Container:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def allowance(self) -> Allowance:
+        """How much memory a structure of this file may take: twice the file and a little."""
+        return Allowance(2 * self.size + _SLACK_BYTES)
 
     def read(self, ref: RecordRef, type_: int, payload_checksum: int | None = None) -> memoryview:
         """Payload of the record at ``ref``, its header and checksum verified."""
@@ -107,20 +115,23 @@ class Container:
 
     def _find_trailer(self) -> tuple[Trailer, int]:
         """The last trailer whose index record is whole, and the offset behind it."""
-        end = self.size
+        # A whole file ends with its trailer; only for others is more than that looked at.
+        end, reach = self.size, Trailer.SIZE
         while end >= Header.SIZE + Trailer.SIZE:
-            start = max(Header.SIZE, end - _SEARCH_WINDOW)
+            start = max(Header.SIZE, end - reach)
             window = os.pread(self._fd, end - start, start)
             at = len(window)
             while (at := window.rfind(Trailer.MAGIC, 0, at)) >= 0:
                 first = at + len(Trailer.MAGIC) - Trailer.SIZE
-                trailer = Trailer.read(window[max(first, 0) :], start + first)
-                if first >= 0 and trailer and self._is_index(trailer, start + first):
+                if first < 0:
+                    break
+                trailer = Trailer.read(window[first : first + Trailer.SIZE], start + first)
+                if trailer and self._is_index(trailer, start + first):
                     return trailer, start + first + Trailer.SIZE
             if start == Header.SIZE:
                 break
             # Windows overlap by a trailer, so that none is cut in two.
-            end = start + Trailer.SIZE - 1
+            end, reach = start + Trailer.SIZE - 1, _SEARCH_WINDOW
         raise TruncatedError(f"{self.path}: no whole index; the file is cut short or damaged")
 
     def _is_index(self, trailer: Trailer, end: int) -> bool:
@@ -135,10 +146,12 @@ class Container:
 
     def _read_indices(self, newest: RecordRef) -> None:
         indices: list[Index] = []
+        allowance = self.allowance()
         ref = newest
         while ref.length:
             payload = self.read(ref, INDEX)
-            index = Index.read(payload, f"{self.path}: index at offset {ref.offset}")
+            where = f"{self.path}: index at offset {ref.offset}"
+            index = Index.read(payload, where, allowance)
             if index.previous.offset >= ref.offset or len(indices) == _MAX_CHAIN:
                 raise DamagedError(f"{self.path}: the chain of indices is not a chain; damaged")
             indices.append(index)

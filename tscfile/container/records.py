@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..bytestream import ByteReader, ByteWriter
+from ..bytestream import Allowance, ByteReader, ByteWriter
 from ..dtypes import dtype_from_ggml
 from ..entropy import ints
 from ..errors import DamagedError, TruncatedError, UnsupportedError
@@ -37,7 +37,10 @@ MAX_BLOCK_FRAMES = 1 << 16
 MAX_CHUNK_BYTES = 1 << 30
 ID_BYTES = 16
 
-_HASH_BYTES = 8
+# About what an item takes in memory once it is read; claimed before, see `Allowance`.
+_REF_MEMORY, _CHUNK_MEMORY, _BLOCK_MEMORY, _EXTRA_MEMORY = 128, 320, 320, 192
+_VALUE_MEMORY, _ITEM_MEMORY, _TENSOR_MEMORY = 256, 64, 192
+_RUN_MEMORY, _TRACK_MEMORY, _OPAQUE_MEMORY = 160, 2048, 384
 
 
 def checksum(data: bytes | memoryview | bytearray) -> int:
@@ -147,7 +150,7 @@ class Trailer:
         return cls(index_offset, index_length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RecordRef:
     """Where a record starts and how many bytes it takes, header to end of payload."""
 
@@ -199,7 +202,7 @@ class ChunkHeader:
         return header
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChunkEntry:
     """A chunk as the index names it."""
 
@@ -226,7 +229,7 @@ class ChunkEntry:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockEntry:
     """A sealed run of frames: what identifies it and the chunks that hold it.
 
@@ -248,14 +251,17 @@ class BlockEntry:
     @classmethod
     def read(cls, reader: ByteReader) -> BlockEntry:
         n_frames = reader.uvarint(limit=MAX_BLOCK_FRAMES)
+        if not n_frames:
+            raise DamagedError(f"{reader.where}: a block without frames; damaged")
         content_id, logical_id = bytes(reader.take(ID_BYTES)), bytes(reader.take(ID_BYTES))
-        chunks = tuple(ChunkEntry.read(reader) for _ in range(reader.count(item_bytes=15)))
+        n_chunks = reader.count(item_bytes=15, item_memory=_CHUNK_MEMORY)
+        chunks = tuple(ChunkEntry.read(reader) for _ in range(n_chunks))
         return cls(n_frames, content_id, logical_id, chunks)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ExtraEntry:
-    """A record of a kind that version 1.0 does not have; see `Index.read` for what becomes of it."""
+    """A record of a kind that version 1.0 does not have; `Index.read` says what becomes of it."""
 
     type: int
     flags: int
@@ -295,22 +301,25 @@ class Index:
         return writer.bytes()
 
     @classmethod
-    def read(cls, data: memoryview, where: str) -> Index:
+    def read(cls, data: memoryview, where: str, allowance: Allowance) -> Index:
         """`UnsupportedError` if the index names a record that must not be ignored and is not known
         here; one that may be ignored is kept among the extras, for a writer to carry on."""
-        reader = ByteReader(data, where)
+        reader = ByteReader(data, where, allowance)
         previous = RecordRef.read(reader)
         first_block = reader.uvarint()
-        blocks = [BlockEntry.read(reader) for _ in range(reader.count(item_bytes=34))]
+        n_blocks = reader.count(item_bytes=34, item_memory=_BLOCK_MEMORY)
+        blocks = [BlockEntry.read(reader) for _ in range(n_blocks)]
         first_snapshot = reader.uvarint()
-        snapshots = [RecordRef.read(reader) for _ in range(reader.count(item_bytes=2))]
-        extras = [ExtraEntry.read(reader) for _ in range(reader.count(item_bytes=4))]
+        n_snapshots = reader.count(item_bytes=2, item_memory=_REF_MEMORY)
+        snapshots = [RecordRef.read(reader) for _ in range(n_snapshots)]
+        n_extras = reader.count(item_bytes=4, item_memory=_EXTRA_MEMORY)
+        extras = [ExtraEntry.read(reader) for _ in range(n_extras)]
         reader.end()
         for extra in extras:
             if extra.flags & CRITICAL:
                 raise UnsupportedError(
-                    f"{where}: record type {extra.type} must be understood and this build does not; "
-                    "a newer tscfile may"
+                    f"{where}: record type {extra.type} must be understood and this build does "
+                    "not; a newer tscfile may"
                 )
         return cls(previous, first_block, blocks, first_snapshot, snapshots, extras)
 
@@ -332,7 +341,7 @@ def write_metadata(writer: ByteWriter, values: dict[str, Any]) -> None:
 
 def read_metadata(reader: ByteReader) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for _ in range(reader.count(item_bytes=3)):
+    for _ in range(reader.count(item_bytes=3, item_memory=_VALUE_MEMORY)):
         key = reader.string()
         if key in values:
             raise DamagedError(f"{reader.where}: metadata key {key!r} occurs twice")
@@ -382,7 +391,10 @@ def _read_value(reader: ByteReader) -> Any:
     if type_ != _ARRAY:
         return _read_scalar(reader, type_)
     item_type = reader.u8()
-    return [_read_scalar(reader, item_type) for _ in range(reader.count())]
+    if item_type not in (_BOOL, _STRING, *_LAYOUTS):
+        raise DamagedError(f"{reader.where}: metadata items of unknown type {item_type}; damaged")
+    n_items = reader.count(item_memory=_ITEM_MEMORY)
+    return [_read_scalar(reader, item_type) for _ in range(n_items)]
 
 
 def _read_scalar(reader: ByteReader, type_: int) -> Any:
@@ -398,20 +410,11 @@ def _read_scalar(reader: ByteReader, type_: int) -> Any:
 # --- snapshots --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a snapshot may claim: ``max_cells`` is the number of frames in all blocks of the file,
-    ``max_tokens`` what memory the file's size justifies."""
-
-    max_cells: int
-    max_tokens: int
-
-
 _ROLES = ("k", "v")
 _EXT_CODED, _EXT_POSITION, _EXT_TOKEN = range(3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FrameRun:
     """Frames ``first`` to ``first + count`` of a block, in this order."""
 
@@ -441,22 +444,34 @@ class TrackRecord:
         _write_cells(writer, self.cells, tokens)
 
     @classmethod
-    def read(cls, reader: ByteReader, tokens: NDArray[np.int32], limits: Limits) -> TrackRecord:
+    def read(cls, reader: ByteReader, tokens: NDArray[np.int32], max_cells: int) -> TrackRecord:
         cache, stream = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
         attributes = read_metadata(reader)
         tensors = _read_tensors(reader)
         runs = []
-        for _ in range(reader.count(item_bytes=3)):
+        for _ in range(reader.count(item_bytes=3, item_memory=_RUN_MEMORY)):
             block, first = reader.uvarint(), reader.uvarint(limit=MAX_BLOCK_FRAMES)
             runs.append(FrameRun(block, first, reader.uvarint(limit=MAX_BLOCK_FRAMES)))
         n_cells = sum(run.count for run in runs)
-        if n_cells > limits.max_cells:
-            raise DamagedError(f"{reader.where}: a track has more cells than the file frames; damaged")
+        if n_cells > max_cells:
+            raise DamagedError(f"{reader.where}: a track of more cells than the file has frames")
         cells = _read_cells(reader, n_cells, tokens)
         return cls(cache, stream, attributes, tensors, tuple(runs), cells)
 
 
-@dataclass(frozen=True)
+def logical_seed(facts: dict[str, Any], track: Any) -> bytes:
+    """What the logical ids of a track's blocks start from: model, cache, stream and tensors.
+
+    ``facts``: the snapshot's identity, of which the label ``name`` says nothing about the state.
+    """
+    writer = ByteWriter()
+    write_metadata(writer, {key: facts[key] for key in sorted(facts) if key != "name"})
+    writer.uvarint(track.cache).uvarint(track.stream)
+    _write_tensors(writer, track.tensors)
+    return writer.bytes()
+
+
+@dataclass(frozen=True, slots=True)
 class OpaqueEntry:
     """Bytes of the source kept as they are, in a record of their own."""
 
@@ -523,21 +538,27 @@ class SnapshotRecord:
         cls,
         data: memoryview,
         parent_tokens: NDArray[np.int32],
-        limits: Limits,
+        max_cells: int,
         where: str,
+        allowance: Allowance,
     ) -> SnapshotRecord:
-        reader = ByteReader(data, where)
+        """``max_cells``: the number of frames in all blocks of the file."""
+        reader = ByteReader(data, where, allowance)
         number, parent = reader.uvarint(), reader.uvarint()
         plan, tier, name = reader.string(), reader.string(), reader.string()
         source, identity = read_metadata(reader), read_metadata(reader)
         kept = reader.uvarint(limit=len(parent_tokens))
-        n_new = reader.uvarint(limit=limits.max_tokens)
-        tokens = np.concatenate([parent_tokens[:kept], ints.read(reader, n_new)])
-        tracks = [
-            TrackRecord.read(reader, tokens, limits) for _ in range(reader.count(item_bytes=8))
-        ]
-        opaque = [OpaqueEntry.read(reader) for _ in range(reader.count(item_bytes=20))]
+        reader.claim(4 * kept)
+        tokens = np.concatenate([parent_tokens[:kept], ints.read(reader, reader.uvarint())])
+        n_tracks = reader.count(item_bytes=8, item_memory=_TRACK_MEMORY)
+        tracks = [TrackRecord.read(reader, tokens, max_cells) for _ in range(n_tracks)]
+        n_opaque = reader.count(item_bytes=20, item_memory=_OPAQUE_MEMORY)
+        opaque = [OpaqueEntry.read(reader) for _ in range(n_opaque)]
         reader.end()
+        if len({(track.cache, track.stream) for track in tracks}) < len(tracks):
+            raise DamagedError(f"{where}: two tracks are the same cache and stream; damaged")
+        if len({entry.name for entry in opaque}) < len(opaque):
+            raise DamagedError(f"{where}: two opaque parts have the same name; damaged")
         return cls(
             number, parent - 1 if parent else None, plan, tier, name, source, identity,
             tokens, tracks, opaque,
@@ -566,9 +587,10 @@ def _read_tensors(reader: ByteReader) -> tuple[TensorSpec, ...]:
         layer, count = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
         role = reader.u8()
         dtype = dtype_from_ggml(reader.uvarint(limit=0xFFFF))
-        row_bytes, rotation = reader.uvarint(limit=MAX_CHUNK_BYTES), reader.uvarint(limit=1 << 16)
+        row_bytes, rotation = reader.uvarint(limit=MAX_CHUNK_BYTES), reader.uvarint(limit=1 << 32)
         if role >= len(_ROLES) or row_bytes % dtype.block_bytes or not row_bytes:
             raise DamagedError(f"{reader.where}: a tensor's role or row length is wrong; damaged")
+        reader.claim(count * _TENSOR_MEMORY)
         tensors += [
             TensorSpec(layer + i, _ROLES[role], dtype, row_bytes, rotation - 1)
             for i in range(count)
@@ -598,7 +620,9 @@ def _read_cells(reader: ByteReader, n_cells: int, tokens: NDArray[np.int32]) -> 
     if (seq_counts < 0).any() or n_ids > 256 * max(n_cells, 1):
         raise DamagedError(f"{reader.where}: {n_ids} sequence ids for {n_cells} cells; damaged")
     seq_ids = ints.read(reader, n_ids)
-    ext = np.empty((n_cells, reader.uvarint(limit=16)), np.int32)
+    n_columns = reader.uvarint(limit=16)
+    reader.claim(4 * n_cells * n_columns)
+    ext = np.empty((n_cells, n_columns), np.int32)
     for column in range(ext.shape[1]):
         coding = reader.u8()
         if coding == _EXT_POSITION:

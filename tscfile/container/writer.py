@@ -56,6 +56,8 @@ class ContainerWriter:
         What lies behind that commit belongs to none and is cut off.
         """
         self._fd = fd
+        # A new file counts from its rename on, and is synced once before that.
+        self._durable = container is not None
         self._segments: list[IndexSegment] = []
         self._old_blocks: Sequence[BlockEntry] = ()
         self._old_snapshots: Sequence[RecordRef] = ()
@@ -80,7 +82,7 @@ class ContainerWriter:
         return len(self._old_snapshots) + len(self._snapshots)
 
     def add_block(
-        self, content_id: bytes, logical_id: bytes, chunks: Sequence[EncodedChunk]
+        self, n_frames: int, content_id: bytes, logical_id: bytes, chunks: Sequence[EncodedChunk]
     ) -> int:
         """Store the chunks of one block; returns the block's number."""
         entries = []
@@ -94,7 +96,6 @@ class ContainerWriter:
                     chunk.header.raw_length,
                 )
             )  # fmt: skip
-        n_frames = chunks[0].header.n_frames
         self._blocks.append(BlockEntry(n_frames, content_id, logical_id, tuple(entries)))
         return self.n_blocks - 1
 
@@ -112,7 +113,8 @@ class ContainerWriter:
         The new index takes in the indices before it that are no larger than itself, so that a file
         of n commits has a chain of log n indices and rewrites log n times its entries in all.
         """
-        os.fsync(self._fd)
+        if self._durable:
+            os.fsync(self._fd)
         n_blocks, n_snapshots = len(self._blocks), len(self._snapshots)
         extras: tuple[ExtraEntry, ...] = ()
         while self._segments:
@@ -132,7 +134,8 @@ class ContainerWriter:
         )  # fmt: skip
         ref = self._add_record(INDEX, index.write())
         self._write(Trailer(ref.offset, ref.length).write(self._offset))
-        os.fsync(self._fd)
+        if self._durable:
+            os.fsync(self._fd)
         self._segments.append(IndexSegment(ref, n_blocks, n_snapshots, extras))
         self._old_blocks, self._old_snapshots = blocks, snapshots
         self._blocks, self._snapshots = [], []

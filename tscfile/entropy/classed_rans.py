@@ -3,8 +3,8 @@
 Columns (channels) of a cache differ in scale and mean, so each wants a distribution of its own;
 a block of 256 frames is too short to pay for one each. Columns are therefore gathered in a few
 classes by the likeness of their histograms, and every class gets one table: within a few
-thousandths of the cost of a table for every column, tables included. ``spec/codecs/classed-rans.md``
-gives every byte.
+thousandths of the cost of a table for every column, tables included.
+``spec/codecs/classed-rans.md`` gives every byte.
 """
 
 from __future__ import annotations
@@ -87,20 +87,14 @@ def _read_low_bits(
 ) -> Matrix:
     n_values = n_rows * n_columns
     n_planes, width = divmod(low_bits, 8)
-    out = np.zeros(n_values, dtype)
-    for plane in range(n_planes):
-        stored = _read_plane(reader, n_values)
-        if plane:
-            out |= stored.astype(dtype) << dtype.type(8 * plane)
-        else:
-            out[:] = stored
+    parts = [_read_plane(reader, n_values) for _ in range(n_planes)]
     if width:
         packed = _read_plane(reader, ops.packed_bytes(n_values, width))
-        rest = ops.unpack_bits(packed, width, n_values)
-        if n_planes:
-            out |= rest.astype(dtype) << dtype.type(8 * n_planes)
-        else:
-            out[:] = rest
+        parts.append(ops.unpack_bits(packed, width, n_values))
+    # A copy even of a single plane: the symbols are merged into it.
+    out: Matrix = parts[0].astype(dtype) if parts else np.zeros(n_values, dtype)
+    for i, part in enumerate(parts[1:], 1):
+        out |= part.astype(dtype) << dtype.type(8 * i)
     return out.reshape(n_rows, n_columns)
 
 
@@ -109,7 +103,7 @@ def _read_plane(reader: ByteReader, n_bytes: int) -> NDArray[np.uint8]:
     if coding == _PLANE_RAW:
         return np.frombuffer(reader.take(n_bytes), np.uint8)
     if coding != _PLANE_ZSTD:
-        raise DamagedError(f"{reader.where}: a plane is coded in an unknown way ({coding}); damaged")
+        raise DamagedError(f"{reader.where}: a plane is coded in an unknown way ({coding})")
     content = zstd.decompress(reader.take(reader.uvarint()), n_bytes, reader.where)
     if len(content) != n_bytes:
         raise DamagedError(f"{reader.where}: a plane holds {len(content)} bytes, not {n_bytes}")

@@ -16,8 +16,8 @@ _BITS_PER_ENTRY = 6.5
 _MAX_CLASSES = 32
 _SYMBOLS_PER_CLASS = 4096
 _SAMPLED_COLUMNS = 256
-_ROUNDS = 8
-_FINAL_ROUNDS = 2
+_ROUNDS = 4
+_FINAL_ROUNDS = 1
 _TOTAL = 1 << PROBABILITY_BITS
 
 # Code lengths in 1/256 bit: a column of 65536 symbols, the longest there is, of 16 bits each then
@@ -43,8 +43,9 @@ def choose(counts: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.ui
     # Classes are found on some of the columns: they are alike, and the search is the slow part.
     sample = counts
     if len(counts) > _SAMPLED_COLUMNS:
-        picked = np.random.default_rng(0).choice(len(counts), _SAMPLED_COLUMNS, replace=False)
-        sample = counts[picked]
+        # A scattered choice (Knuth's multiplicative hash), the same on every platform.
+        hashed = np.arange(len(counts), dtype=np.uint32) * np.uint32(2654435761)
+        sample = counts[np.argsort(hashed)[:_SAMPLED_COLUMNS]]
     labels = _refine(sample, _spread(sample, n_classes), _ROUNDS)
     totals = _merge(ops.class_totals(sample, labels, n_classes).astype(np.float32))
     labels = _refine(counts, _assign(counts, totals), _FINAL_ROUNDS)
@@ -68,7 +69,9 @@ def _spread(counts: NDArray[np.uint32], n_classes: int) -> NDArray[np.uint8]:
     return labels
 
 
-def _refine(counts: NDArray[np.uint32], labels: NDArray[np.uint8], rounds: int) -> NDArray[np.uint8]:
+def _refine(
+    counts: NDArray[np.uint32], labels: NDArray[np.uint8], rounds: int
+) -> NDArray[np.uint8]:
     """k-means with code length as the distance."""
     n_classes = int(labels.max()) + 1
     for _ in range(rounds):

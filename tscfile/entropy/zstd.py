@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from functools import partial
 
 import zstandard
@@ -14,6 +15,21 @@ LEVEL = 12
 def compress(data: bytes | memoryview, level: int = LEVEL) -> bytes:
     """One zstd frame that states its content size."""
     return zstandard.ZstdCompressor(level=level).compress(data)
+
+
+def store(data: bytes) -> bytes:
+    """One zstd frame that states its content size and holds the content as it is.
+
+    >>> decompress(store(b"abc"), 3, "example")
+    b'abc'
+    """
+    # RFC 8878: magic, descriptor (single segment, size of 8 bytes), size, blocks of type raw.
+    frame = bytearray(struct.pack("<IBQ", zstandard.MAGIC_NUMBER, 0xE0, len(data)))
+    for at in range(0, max(len(data), 1), zstandard.BLOCKSIZE_MAX):
+        block = data[at : at + zstandard.BLOCKSIZE_MAX]
+        is_last = at + len(block) == len(data)
+        frame += (len(block) << 3 | is_last).to_bytes(3, "little") + block
+    return bytes(frame)
 
 
 def decompress(data: bytes | memoryview, limit: int, where: str) -> bytes:

@@ -83,10 +83,10 @@ def split(rows: NDArray[np.uint8], dtype: DType) -> list[Matrix]:
 
 
 def join(parts: list[Matrix], dtype: DType) -> NDArray[np.uint8]:
-    """Rows, uint8 ``[n_frames, row_bytes]``, from their fields."""
+    """Rows, uint8 ``[n_frames, row_bytes]``, from their fields; of floats a view of them."""
     n_frames = len(parts[0])
     if not dtype.is_quantized:
-        return np.ascontiguousarray(parts[0]).view(np.uint8).reshape(n_frames, -1)
+        return parts[0].view(np.uint8)
     codes = parts[-1].reshape(n_frames, -1, dtype.block_elements)
     blocks = np.empty((*codes.shape[:2], dtype.block_bytes), np.uint8)
     offset = 0

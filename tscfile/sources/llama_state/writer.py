@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ... import workers
 from ...errors import UsageError
-from ...model import BLOCK_FRAMES, CellTable, Snapshot, TensorSpec, Track
+from ...model import BLOCK_FRAMES, CellTable, Snapshot, TensorSpec, Track, read_into
 from .cells import encode_cells, encoded_cells_bytes
 from .layout import (
     KV,
@@ -223,23 +224,31 @@ def _write_rows(
     if not track.tensors:
         return
     for start, stop in _spans(track):
-        n_bytes = 0
-        for place, rows in zip(places, track.read(start, stop), strict=True):
-            _place_rows(out, place, rows, start, len(track.cells))
-            n_bytes += rows.nbytes
+        _write_span(track, places, out, start, stop)
         if progress is not None:
-            progress(n_bytes)
+            progress((stop - start) * sum(spec.row_bytes for spec in track.tensors))
 
 
-def _place_rows(
-    out: NDArray[np.uint8], place: _Rows, rows: NDArray[np.uint8], start: int, n_cells: int
+def _write_span(
+    track: Track, places: list[_Rows], out: NDArray[np.uint8], start: int, stop: int
 ) -> None:
-    n_rows, row_bytes = rows.shape
-    if not place.element_bytes:
-        first = place.offset + start * row_bytes
-        out[first : first + rows.nbytes] = rows.reshape(-1)
-        return
-    stored = out[place.offset : place.offset + n_cells * row_bytes]
-    channels = stored.view(f"<u{place.element_bytes}").reshape(-1, n_cells)
-    elements = np.ascontiguousarray(rows).view(f"<u{place.element_bytes}")
-    channels[:, start : start + n_rows] = elements.T
+    """Frames ``start`` to ``stop``: rows right into their place, channels by way of a buffer."""
+    areas = []
+    turned: list[tuple[_Rows, NDArray[np.uint8]]] = []
+    for place, spec in zip(places, track.tensors, strict=True):
+        if place.element_bytes:
+            areas.append(np.empty((stop - start, spec.row_bytes), np.uint8))
+            turned.append((place, areas[-1]))
+        else:
+            first = place.offset + start * spec.row_bytes
+            last = place.offset + stop * spec.row_bytes
+            areas.append(out[first:last].reshape(-1, spec.row_bytes))
+    read_into(track, start, stop, areas)
+
+    def turn(task: tuple[_Rows, NDArray[np.uint8]]) -> None:
+        place, rows = task
+        dtype, n_cells = f"<u{place.element_bytes}", len(track.cells)
+        stored = out[place.offset : place.offset + n_cells * rows.shape[1]].view(dtype)
+        stored.reshape(-1, n_cells)[:, start:stop] = rows.view(dtype).T
+
+    workers.run(turn, turned)
