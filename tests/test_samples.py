@@ -116,7 +116,7 @@ def test_transformers_reads_the_same_model(model: Model) -> None:
     source = {"pretrained_model_name_or_path": MODEL.parent, "gguf_file": MODEL.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     network = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    for path in sorted((SAMPLES / "texts").glob("*.txt")):
+    for path in (SAMPLES / "texts" / name for name in ("inaugural-1957.txt", "pep-0259.txt")):
         text = path.read_text(encoding="utf-8")
         tokens = model.tokenize(text)
         assert tokenizer(text)["input_ids"] == tokens

@@ -92,6 +92,7 @@ def write_snapshot(
     from .sources import SUFFIXES, write_carrier
     from .sources.hf_layout import FORMAT, as_llama_state
     from .sources.llama_state import state_size, write_state
+    from .sources.llama_state.facts import check_facts
 
     container = options.container
     if container is None and snapshot.source.get("format") == FORMAT:
@@ -99,7 +100,10 @@ def write_snapshot(
     if container in SUFFIXES:
         snapshot = _with_head_size(_retyped(snapshot, options), options.head_dim)
         return write_carrier(snapshot, out, container, force=force, progress=progress)
-    snapshot = _retyped(as_llama_state(snapshot), options)
+    snapshot = as_llama_state(snapshot)
+    if snapshot.source.get("format") == "llama.cpp":
+        check_facts(snapshot)
+    snapshot = _retyped(snapshot, options)
     layout = {
         "container": None if container == STATE else container,
         "llama_version": options.llama_version,

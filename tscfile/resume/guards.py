@@ -37,6 +37,9 @@ cells)."""
 MAX_ERROR_COARSE = 0.3
 """The same for types of fewer than 8 bits, where one step is 5 to 10 % of a value."""
 
+MAX_ERROR_LOSSY = 0.8
+"""The same for rows from a lossy tier, which is far off where the model feels nothing."""
+
 _PROBE_SEQUENCE = 1
 
 
@@ -47,13 +50,14 @@ _PROBE_SEQUENCE = 1
 class Extent:
     """Which positions a snapshot holds: ``n_cells`` from ``first`` to ``last``, without a gap.
 
-    ``n_tokens`` is 0 where the source has no token list.
+    ``n_tokens`` is 0 where the source has no token list. ``exact``: see `tscfile.model.Snapshot`.
     """
 
     n_cells: int
     first: int
     last: int
     n_tokens: int
+    exact: bool = True
 
 
 def check_tokens(snapshot: Snapshot) -> Extent:
@@ -79,7 +83,7 @@ def check_tokens(snapshot: Snapshot) -> Extent:
     n_tokens = len(snapshot.tokens)
     if n_tokens:
         _check_token_list(snapshot, n_cells, first)
-    return Extent(n_cells, first, last, n_tokens)
+    return Extent(n_cells, first, last, n_tokens, snapshot.exact)
 
 
 def _check_one_sequence(tracks: Sequence[Track]) -> None:
@@ -193,7 +197,8 @@ def probe_start(context: Context, tokens: Sequence[int], extent: Extent) -> floa
     count = min(PROBE_TOKENS, extent.n_cells)
     stored = take_rows(context, 0, count)
     context.decode(list(tokens[:count]), 0, _PROBE_SEQUENCE)
-    return check_rows(stored, _pop_rows(context), f"the first {count} tokens")
+    what = f"the first {count} tokens"
+    return check_rows(stored, _pop_rows(context), what, exact=extent.exact)
 
 
 def take_rows(context: Context, start: int, stop: int) -> Rows:
@@ -244,7 +249,7 @@ def to_float(rows: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
     return dequantize(rows, GGMLQuantizationType(dtype.ggml_id)).astype(np.float32)
 
 
-def check_rows(stored: Rows, computed: Rows, what: str) -> float:
+def check_rows(stored: Rows, computed: Rows, what: str, *, exact: bool = True) -> float:
     """The largest relative error of rows at the same positions; `MismatchError` beyond bounds.
 
     What only one side has (the other let go of it behind a sliding window) says nothing.
@@ -260,7 +265,7 @@ def check_rows(stored: Rows, computed: Rows, what: str) -> float:
             continue
         error = relative_error(old.values[old_index], new.values[new_index])
         coarse = old.dtype.block_bytes < old.dtype.block_elements
-        bound = MAX_ERROR_COARSE if coarse else MAX_ERROR
+        bound = MAX_ERROR_LOSSY if not exact else MAX_ERROR_COARSE if coarse else MAX_ERROR
         if not error <= bound:
             raise MismatchError(
                 f"this model and these tokens did not make this cache: computed again from {what}, "

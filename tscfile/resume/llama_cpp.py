@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES, DType
 from ..errors import MismatchError, TscError, UnsupportedError, UsageError
 from ..model import Snapshot
+from ..sources.hf_layout import as_llama_state
 from . import guards
 from .engine import Context, Model
 
@@ -139,6 +140,7 @@ def resume(
     """
     if n_predict < 0 or temperature < 0:
         raise UsageError("neither the number of tokens nor the temperature can be negative")
+    snapshot = as_llama_state(snapshot)
     notes: list[str] = []
     extent = _check(snapshot, model_path, identity_check, notes)
     model = Model(model_path, verbose=verbose)
@@ -176,6 +178,7 @@ def restore(
 
     ``n_more``: tokens that the context must have room for beside the snapshot's.
     """
+    snapshot = as_llama_state(snapshot)
     notes: list[str] = []
     extent = _check(snapshot, model_path, identity_check, notes)
     n_cells = _context_size(extent, n_more, n_ctx)
@@ -324,7 +327,8 @@ def _replay(restored: Restored, tokens: list[int], extent: guards.Extent, *, pro
     restored.decode(tokens[last : last + 1])
     if stored is not None:
         computed = guards.take_rows(context, last, last + 1)
-        error = guards.check_rows(stored, computed, "the last token in memory")
+        what = "the last token in memory"
+        error = guards.check_rows(stored, computed, what, exact=extent.exact)
         restored.probe_error = max(restored.probe_error or 0.0, error)
     if tokens[last + 1 :]:
         restored.decode(tokens[last + 1 :])

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import MismatchError, UnsupportedError, UsageError
+from ...errors import DamagedError, MismatchError, UnsupportedError, UsageError
 from ...model import CellTable, Snapshot, TensorSpec, Track
 from ...transforms.rotation import rotation_block
-from .cells import decode_cells, encode_cells
+from .cells import BadCells, decode_cells, encode_cells
 from .layout import (
     CONTAINERS,
     MAX_VERSION,
@@ -307,8 +307,11 @@ def _with_recurrent_ids(part: bytes, seq_id: int | None) -> bytes:
     if not part:
         return part
     n_cells = int.from_bytes(part[:4], "little")
-    words = np.frombuffer(part, dtype="<i4", offset=4, count=(len(part) - 4) // 4)
-    table, used = decode_cells(words, n_cells, 0)
+    try:
+        words = np.frombuffer(part, dtype="<i4", offset=4, count=(len(part) - 4) // 4)
+        table, used = decode_cells(words, n_cells, 0)
+    except (BadCells, ValueError):
+        raise DamagedError("the snapshot's recurrent part has no whole cells; damaged") from None
     none = np.zeros(0, dtype=np.int32)
     if seq_id is None:
         table = CellTable(table.pos, np.zeros(n_cells, dtype=np.int32), none, table.ext)
