@@ -1,0 +1,157 @@
+"""``tsc eval``"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from ..options import STDIO, force_option, quiet_option, say
+
+
+class _Numbers(click.ParamType):
+    name = "numbers"
+
+    def convert(self, value: object, parameter: object, context: object) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is no list of numbers such as 768,1792") from None
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("eval")
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), metavar="DIR|GGUF",
+    help="The model: a transformers directory or a GGUF file.",
+)  # fmt: skip
+@click.option("--text", required=True, type=_FILE, help="Held-out text; documents are separated "
+              "by lines <|endoftext|>.")  # fmt: skip
+@click.option("--calibration", type=_FILE, help="Text for codecs that learn; no part of --text.")
+@click.option(
+    "--codecs", "--tiers", "codecs", metavar="A,B,…",
+    help="Tiers and peers, or groups of them: peers, kvtc, kivi, …; all by default.",
+)  # fmt: skip
+@click.option("--frames", type=_Numbers(), default="768,1792", show_default=True, metavar="N[,N]",
+              help="Tokens in the cache.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True,
+              help="Places of the text to measure at.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the places.")
+@click.option("--book", type=_FILE, help="What the tiers have learnt about the model.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--json", "json_path", metavar="OUT", help="Write all numbers as JSON; '-' to stdout.",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+)  # fmt: skip
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path),
+              metavar="OUT.png", help="Draw KL against bits per value.")  # fmt: skip
+@force_option
+@quiet_option
+def command(
+    model: Path, text: Path, calibration: Path | None, codecs: str | None, frames: tuple[int, ...],
+    windows: int, seed: int, book: Path | None, device: str, json_path: Path | None,
+    plot_path: Path | None, force: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure what lossy caches cost a model.
+
+    The model reads held-out text; its cache goes through every codec, and the model continues from
+    the original and from the restored cache. Reports KL, top-1 agreement and perplexity of the
+    next 256 tokens and of a recalled passage, beside size and speed.
+    """
+    from tscfile.quality.calibration import Calibration, check_disjoint
+    from tscfile.quality.engine import Engine
+    from tscfile.quality.protocol import Plan, evaluate
+    from tscfile.quality.registry import make_codecs, runnable
+    from tscfile.quality.report import tables, to_json
+    from tscfile.quality.windows import read_text
+
+    for path in (json_path, plot_path):
+        _check_free(path, force)
+    if plot_path is not None:
+        _check_plot()
+    held_out = read_text(text)
+    say(f"loading {model}", quiet)
+    engine = Engine(model, device)
+    learning = Calibration(engine, read_text(calibration)) if calibration else None
+    if learning is not None:
+        check_disjoint(held_out, learning.text)
+        say(f"learning from {calibration}", quiet)
+    names = codecs.split(",") if codecs else runnable(learning is not None, book is not None)
+    chosen = make_codecs(names, calibration=learning, book=book)
+    plan = Plan(frames=frames, n_windows=windows, seed=seed)
+    with _steps(plan.n_steps(len(chosen)), quiet) as progress:
+        report = evaluate(engine, held_out, chosen, plan, calibration=learning, progress=progress)
+    if json_path is not None and str(json_path) != STDIO:
+        _write(json_path, to_json(report).encode(), force)
+    if plot_path is not None:
+        _write_plot(report, plot_path, force)
+    if str(json_path) == STDIO:
+        click.echo(to_json(report), nl=False)
+    else:
+        _print(tables(report))
+
+
+def _check_free(path: Path | None, force: bool) -> None:
+    """Minutes of work should not end at a file that is in the way."""
+    if path is not None and str(path) != STDIO and path.exists() and not force:
+        raise click.UsageError(f"{path} exists; -f replaces it")
+
+
+def _check_plot() -> None:
+    from importlib.util import find_spec
+
+    from tscfile.errors import TscError
+
+    if find_spec("matplotlib") is None:
+        raise TscError("a plot needs matplotlib: pip install 'tscfile[plot]'")
+
+
+def _write(path: Path, data: bytes, force: bool) -> None:
+    import os
+
+    from tscfile.files import new_file
+
+    with new_file(path, force=force) as fd, os.fdopen(os.dup(fd), "wb") as file:
+        file.write(data)
+
+
+def _write_plot(report: object, path: Path, force: bool) -> None:
+    import tempfile
+
+    from tscfile.quality.plot import draw
+
+    with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
+        drawn = Path(folder) / path.name
+        draw(report, drawn)  # type: ignore[arg-type]
+        _write(path, drawn.read_bytes(), force)
+
+
+def _print(found: list[object]) -> None:
+    from rich.console import Console
+
+    # A table that is redirected is not cut to the width of a terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for table in found:
+        console.print(table)
+
+
+@contextmanager
+def _steps(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr that counts steps and names the present one."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda words: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda words: bar.update(task, advance=1, description=words)
