@@ -22,6 +22,7 @@ _COMMANDS = {
     "info": "Say what an archive holds.",
     "verify": "Check an archive.",
     "resume": "Continue a conversation in llama.cpp.",
+    "book": "Learn what lossy tiers need to know of a model.",
     "eval": "Measure what lossy caches cost a model.",
 }
 

@@ -54,6 +54,13 @@ def model_identity(model: Path | None) -> ModelIdentity | None:
     return identity_from_gguf(model) if model else None
 
 
+def book_option(function: F) -> F:
+    return click.option(
+        "--book", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+        help="The model's book; looked for beside the archive and in TSC_BOOKS.",
+    )(function)  # fmt: skip
+
+
 def snapshot_option(function: F) -> F:
     return click.option(
         "--snapshot", type=int, metavar="N", help="Which save; -1 is the last (default)."
@@ -103,6 +110,18 @@ def progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total or None)
         yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
+def status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda words: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as line:
+        yield line.update
 
 
 def check_apart(source: Path, output: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, pipeline, workers
+from . import blocks, pipeline, registry, workers
 from .bytestream import Allowance
 from .container.reader import Container
 from .container.records import (
@@ -28,7 +28,12 @@ from .container.records import (
 )
 from .entropy import zstd
 from .errors import DamagedError, UnsupportedError, UsageError
+from .history import FrameContext, context_of
 from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
+
+if TYPE_CHECKING:
+    from .books.book import OpenBook
+    from .lossy import BookCodec
 
 Rows = NDArray[np.uint8]
 
@@ -53,8 +58,9 @@ class Frames:
 class ArchivedTrack:
     """A `tscfile.model.Track` whose frames are decoded from the archive when read."""
 
-    def __init__(self, archive: Archive, record: TrackRecord) -> None:
+    def __init__(self, archive: Archive, record: TrackRecord, owner: SnapshotRecord) -> None:
         self._archive = archive
+        self._owner = owner
         self.cache = record.cache
         self.stream = record.stream
         self.attributes = record.attributes
@@ -88,14 +94,36 @@ class ArchivedTrack:
 
         def decode(task: tuple[FrameRun, int, ChunkEntry]) -> None:
             run, at, chunk = task
-            rows = self._archive.decode(run.block, chunk, self.tensors)
+            rows = self.decode(run, start + at, chunk)
             for i, part in enumerate(rows, chunk.first_tensor):
                 if i in out:
-                    out[i][at : at + run.count] = part[run.first : run.first + run.count]
+                    out[i][at : at + run.count] = part
 
         workers.run(decode, self._tasks(start, stop, out))
         if len(out) == len(self.tensors):
             workers.run(self._check_block, self._whole_blocks(start, stop, out))
+
+    def decode(self, run: FrameRun, cell: int, chunk: ChunkEntry) -> list[Rows]:
+        """Rows of ``run``, whose first frame is cell ``cell``, from one chunk of its block."""
+        if chunk.codec != registry.BOOK_TRANSFORM:
+            rows = self._archive.decode(run.block, chunk, self.tensors)
+            return [part[run.first : run.first + run.count] for part in rows]
+        where, payload = self._archive.chunk_payload(run.block, chunk)
+        context = self.context(cell, cell + run.count)
+        return self.codec().decode(payload, self.tensors, run.first, context, where)
+
+    def codec(self) -> BookCodec:
+        """What the snapshot's book-coded chunks are decoded with."""
+        return self._archive.book_codec(self._owner)
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Token ids of the snapshot, int32 ``[n_tokens]``."""
+        return self._owner.tokens
+
+    def context(self, start: int, stop: int) -> FrameContext:
+        """What is known of cells ``start`` to ``stop`` without the payload."""
+        return context_of(self.cells.pos[start:stop], self._owner.tokens, self.codec().book.history)
 
     def _whole_blocks(
         self, start: int, stop: int, out: dict[int, Rows]
@@ -104,10 +132,24 @@ class ArchivedTrack:
         at = 0
         for run in self.runs:
             first, last = at - start, at + run.count - start
-            is_whole = run.count == self._archive.block(run).n_frames
+            entry = self._archive.block(run)
+            is_whole = run.count == entry.n_frames and is_exact(entry)
             if first >= 0 and last <= stop - start and is_whole:
                 yield run.block, [out[i][first:last] for i in range(len(out))]
             at += run.count
+
+    def check_block(self, number: int) -> None:
+        """Decode a whole block of the track; `DamagedError` if it is not what was packed."""
+        entry = self._archive.container.blocks[number]
+        if is_exact(entry):
+            decoded = (self._archive.decode(number, c, self.tensors) for c in entry.chunks)
+            self._archive.check_content(number, [part for rows in decoded for part in rows])
+            return
+        for chunk in entry.chunks:
+            where, payload = self._archive.chunk_payload(number, chunk)
+            if blocks.opaque_id(payload) != entry.content_id:
+                raise DamagedError(f"{where}: is not what was packed; damaged")
+            self.codec().coefficients(payload, where)
 
     def _check_block(self, task: tuple[int, list[Rows]]) -> None:
         number, rows = task
@@ -129,6 +171,11 @@ class ArchivedTrack:
             at += run.count
 
 
+def is_exact(block: BlockEntry) -> bool:
+    """Do the chunks of a block give back the very rows that were packed?"""
+    return all(chunk.codec != registry.BOOK_TRANSFORM for chunk in block.chunks)
+
+
 class Archive:
     """A ``.tsc`` file opened for reading. Use it as a context manager, or `close` it.
 
@@ -136,8 +183,14 @@ class Archive:
     off, or where the end of the file is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, book: str | os.PathLike[str] | None = None
+    ) -> None:
+        """``book``: its file, where it is neither beside the archive nor in ``TSC_BOOKS``."""
         self._container = Container(path)
+        self._given_book = book
+        self._books: dict[str, OpenBook] = {}
+        self._codecs: dict[tuple[str, int], BookCodec] = {}
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
@@ -195,10 +248,11 @@ class Archive:
         allowance = self._container.allowance()
         return Snapshot(
             tokens=record.tokens,
-            tracks=[ArchivedTrack(self, track) for track in record.tracks],
+            tracks=[ArchivedTrack(self, track, record) for track in record.tracks],
             source=dict(record.source),
             opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
+            exact=not record.coding,
         )
 
     def read(
@@ -222,7 +276,7 @@ class Archive:
         if frames and not 0 <= frames[0] <= frames[1]:
             raise UsageError(f"frames {frames[0]} to {frames[1]}: give a start and a later stop")
         result = []
-        for track in (ArchivedTrack(self, part) for part in record.tracks):
+        for track in (ArchivedTrack(self, part, record) for part in record.tracks):
             chosen = [
                 i for i, tensor in enumerate(track.tensors)
                 if layers is None or tensor.layer in layers
@@ -245,8 +299,7 @@ class Archive:
         self, number: int, chunk: ChunkEntry, tensors: Sequence[TensorSpec]
     ) -> list[Rows]:
         """Rows of one chunk of block ``number``, checked against the index and ``tensors``."""
-        where = f"{self.path}: block {number}, chunk at offset {chunk.ref.offset}"
-        payload = self._container.read(chunk.ref, CHUNK, chunk.payload_checksum)
+        where, payload = self.chunk_payload(number, chunk)
         header, rows = pipeline.decode_chunk(payload, where, self._max_chunk)
         expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
         if (
@@ -258,6 +311,27 @@ class Archive:
         ):
             raise DamagedError(f"{where}: is not what index and snapshot say; damaged")
         return rows
+
+    def chunk_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
+        """Where a chunk of block ``number`` is, for messages, and its verified payload."""
+        where = f"{self.path}: block {number}, chunk at offset {chunk.ref.offset}"
+        return where, self._container.read(chunk.ref, CHUNK, chunk.payload_checksum)
+
+    def book_codec(self, record: SnapshotRecord) -> BookCodec:
+        """The codec of a snapshot's book; `UsageError` if the book cannot be found."""
+        wanted = record.coding.get("book")
+        if not isinstance(wanted, str):
+            raise DamagedError(f"{self.path}: snapshot {record.number} names no book; damaged")
+        key = wanted, record.number
+        if key not in self._codecs:
+            from .books.book import find
+            from .lossy import BookCodec
+
+            if wanted not in self._books:
+                self._books[wanted] = find(wanted, self._given_book, self.path)
+            identity = ModelIdentity(record.identity)
+            self._codecs[key] = BookCodec(self._books[wanted], identity, self.path)
+        return self._codecs[key]
 
     def check_content(self, number: int, rows: Sequence[Rows]) -> None:
         """`DamagedError` unless ``rows`` are what block ``number`` was made of."""

@@ -66,7 +66,7 @@ def content_id(rows: Sequence[NDArray[np.uint8]]) -> bytes:
     return digest.digest(length=ID_BYTES)
 
 
-def opaque_id(content: bytes) -> bytes:
+def opaque_id(content: bytes | memoryview) -> bytes:
     return blake3(content).digest(length=ID_BYTES)
 
 

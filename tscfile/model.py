@@ -128,6 +128,7 @@ class Snapshot:
     ``tokens``: int32 ``[n_tokens]``. ``source``: which format the snapshot came from (key
     ``format``) and the facts needed to write it again bit for bit (scalars, strings and lists of
     integers). ``opaque``: byte strings of the source that are kept as they are, by name.
+    ``exact``: rows are those the engine computed, not an approximation of them.
     """
 
     tokens: NDArray[np.int32]
@@ -135,6 +136,7 @@ class Snapshot:
     source: dict[str, Any]
     opaque: dict[str, bytes] = field(default_factory=dict)
     identity: ModelIdentity = field(default_factory=ModelIdentity)
+    exact: bool = True
 
     @property
     def raw_bytes(self) -> int:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, files, pipeline, temporal, workers
-from .archive import Archive, ArchivedTrack
+from .archive import Archive, ArchivedTrack, is_exact
 from .container.records import (
     FrameRun,
     OpaqueEntry,
@@ -26,13 +27,17 @@ from .container.records import (
 from .container.writer import ContainerWriter, EncodedChunk
 from .entropy import zstd
 from .errors import MismatchError, TscError, UsageError
+from .history import context_of
 from .identity import compare
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
-from .tiers import DEFAULT_TIER, Tier, tier_from_name
+from .tiers import DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
+
+if TYPE_CHECKING:
+    from .lossy import BookCodec
 
 Source = str | os.PathLike[str] | Snapshot
 Progress = Callable[[int], None]
@@ -48,6 +53,7 @@ class PackReport:
     """
 
     snapshot: int
+    tier: str
     plan: str
     parent: int | None
     n_tokens: int
@@ -64,7 +70,8 @@ def pack(
     source: Source,
     path: str | os.PathLike[str],
     *,
-    tier: str = DEFAULT_TIER,
+    tier: str | None = None,
+    book: str | os.PathLike[str] | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
     force: bool = False,
@@ -72,8 +79,10 @@ def pack(
 ) -> PackReport:
     """Make the archive ``path`` of one snapshot.
 
-    ``source``: a cache file or a `Snapshot`. ``identity``: what is known of the model
-    (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
+    ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
+    default where a ``book`` is given, which all tiers but "lossless" need. ``identity``: what is
+    known of the model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw
+    bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
 
@@ -83,22 +92,24 @@ def pack(
     >>> report.plan, report.n_tokens, report.n_frames_new
     ('keyframe', 400, 400)
     """
-    chosen = tier_from_name(tier)
+    chosen = tier_from_name(tier or (DEFAULT_BOOK_TIER if book else DEFAULT_TIER))
     snapshot, label = _open(source, name)
     _identify(snapshot, identity)
+    coder = _coder(chosen, book, snapshot)
     with files.new_file(path, force=force) as fd:
         writer = ContainerWriter(fd)
         planned = _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
-        number = _store(writer, snapshot, planned, chosen, label, None, progress)
+        number = _store(writer, snapshot, planned, chosen, coder, label, None, progress)
         size = writer.commit()
-    return _report(number, snapshot, planned, size, size)
+    return _report(number, chosen, snapshot, planned, size, size)
 
 
 def append(
     source: Source,
     path: str | os.PathLike[str],
     *,
-    tier: str = DEFAULT_TIER,
+    tier: str | None = None,
+    book: str | os.PathLike[str] | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
     wait: bool = True,
@@ -106,29 +117,32 @@ def append(
 ) -> PackReport:
     """Add a later save of the same conversation to the archive ``path``.
 
-    Only frames that are not in the file yet are stored. The new commit goes behind what is there;
-    if anything is raised the file is cut back to it. Raises `MismatchError` for a save of another
-    conversation or another model, `TscError` if ``wait`` is False and another process is appending.
+    Only frames that are not in the file yet are stored; a lossless save takes nothing from lossy
+    blocks. ``tier`` is that of the parent by default, ``book`` where a lossy tier's book is. The
+    new commit goes behind what is there; if anything is raised the file is cut back to it.
+
+    Raises `MismatchError` for a save of another conversation or another model, `TscError` if
+    ``wait`` is False and another process is appending.
     """
-    chosen = tier_from_name(tier)
     snapshot, label = _open(source, name)
-    with _locked(path, wait) as fd, Archive(path) as archive:
-        planned = _plan(archive, snapshot)
-        recorded = ModelIdentity()
-        if planned.parent is not None:
-            recorded = ModelIdentity(dict(archive.record(planned.parent).identity))
-        _identify(snapshot, identity, recorded)
+    with _locked(path, wait) as fd, Archive(path, book=book) as archive:
+        parent, n_common = _choose_parent(archive, snapshot.tokens)
+        old = archive.record(parent) if parent is not None else None
+        _identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
+        chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
+        coder = _coder(chosen, book, snapshot, archive if old and old.coding else None, old)
+        planned = _plan(archive, snapshot, parent, n_common, coder)
         before = archive.container.whole_end
         try:
             writer = ContainerWriter(fd, archive.container)
-            number = _store(writer, snapshot, planned, chosen, label, archive, progress)
+            number = _store(writer, snapshot, planned, chosen, coder, label, archive, progress)
             size = writer.commit()
         except BaseException as error:
             os.ftruncate(fd, before)
             if isinstance(error, OSError):
                 files.name_file(error, path)
             raise
-    return _report(number, snapshot, planned, size, size - before)
+    return _report(number, chosen, snapshot, planned, size, size - before)
 
 
 @dataclass
@@ -145,6 +159,42 @@ class _Planned:
         self.n_new = sum(plan.n_new for plan in self.tracks)
         self.is_new = [plan.block < 0 for plan in self.tracks]
         self.name = temporal.name_plan(self.tracks, self.n_parent_cells or 0)
+
+
+@dataclass
+class _Coder:
+    """A lossy tier ready to code: the book's codec, the step, and what the snapshot records."""
+
+    codec: BookCodec
+    log_step: int
+    facts: dict[str, str | int | float]
+
+
+def _coder(
+    tier: Tier,
+    book: str | os.PathLike[str] | None,
+    snapshot: Snapshot,
+    archive: Archive | None = None,
+    parent: SnapshotRecord | None = None,
+) -> _Coder | None:
+    """What a lossy tier codes with: the book given, or that of the ``parent`` in ``archive``."""
+    if tier.exact:
+        return None
+    from .books.book import load
+    from .lossy import BookCodec
+
+    if book is not None:
+        codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
+    elif archive is not None and parent is not None:
+        codec = archive.book_codec(parent)
+    else:
+        raise UsageError(f"tier {tier.name} needs a book: give it with --book")
+    if tier.name not in codec.book.tiers:
+        known = ", ".join(codec.book.tiers) or "none"
+        raise UsageError(f"the book has no step for tier {tier.name}; it has {known}")
+    entry = codec.book.tiers[tier.name]
+    facts = {"book": codec.id, "log_step": entry.log_step, "expected_kl": entry.kl}
+    return _Coder(codec, entry.log_step, facts)
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
@@ -172,9 +222,10 @@ def _identify(
 # --- planning ---------------------------------------------------------------------------------
 
 
-def _plan(archive: Archive, snapshot: Snapshot) -> _Planned:
-    """Choose the parent with the longest common beginning and plan every track against it."""
-    parent, n_common = _choose_parent(archive, snapshot.tokens)
+def _plan(
+    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coder: _Coder | None
+) -> _Planned:
+    """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
         return _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
     if not n_common and len(snapshot.tokens) and len(archive.record(parent).tokens):
@@ -182,12 +233,13 @@ def _plan(archive: Archive, snapshot: Snapshot) -> _Planned:
             f"{archive.path}: the save shares no first token with any of its snapshots; "
             "pack another conversation into a file of its own"
         )
+    record = archive.record(parent)
     old_tracks = {
         (track.cache, track.stream): track
-        for track in (ArchivedTrack(archive, part) for part in archive.record(parent).tracks)
+        for track in (ArchivedTrack(archive, part, record) for part in record.tracks)
     }
     n_cells = sum(len(track.cells) for track in old_tracks.values())
-    plans = [_plan_one(archive, old_tracks, track) for track in snapshot.tracks]
+    plans = [_plan_one(archive, old_tracks, track, snapshot, coder) for track in snapshot.tracks]
     # Where the file has nothing yet, nothing can be in common.
     if n_cells and not n_common and all(plan.n_new == len(plan.block) for plan in plans):
         raise MismatchError(
@@ -208,7 +260,11 @@ def _choose_parent(archive: Archive, tokens: NDArray[np.int32]) -> tuple[int | N
 
 
 def _plan_one(
-    archive: Archive, old_tracks: dict[tuple[int, int], ArchivedTrack], track: Track
+    archive: Archive,
+    old_tracks: dict[tuple[int, int], ArchivedTrack],
+    track: Track,
+    snapshot: Snapshot,
+    coder: _Coder | None,
 ) -> temporal.TrackPlan:
     old = old_tracks.get((track.cache, track.stream))
     if old is None or [_layout(t) for t in old.tensors] != [_layout(t) for t in track.tensors]:
@@ -220,7 +276,12 @@ def _plan_one(
         return temporal.store_all(len(track.cells))
 
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
-        return _same_rows(archive, old, track, start, stop, run)
+        if is_exact(archive.block(run)):
+            return _same_rows(archive, old, track, start, stop, run)
+        if coder is None or coder.codec.id != old.codec().id:
+            # A lossless save takes nothing from a lossy one, and every save has one book.
+            return np.zeros(stop - start, bool)
+        return _near_rows(archive, old, coder, snapshot, track, start, stop, run)
 
     return temporal.plan_track(old.cells, old.runs, track.cells, same)
 
@@ -247,6 +308,22 @@ def _same_rows(
     return equal
 
 
+def _near_rows(
+    archive: Archive, old: ArchivedTrack, coder: _Coder, snapshot: Snapshot, track: Track,
+    start: int, stop: int, run: FrameRun,
+) -> NDArray[np.bool_]:  # fmt: skip
+    """Which frames lie near enough to those of ``run`` in a lossy block, with the same tokens."""
+    (chunk,) = archive.block(run).chunks
+    where, payload = archive.chunk_payload(run.block, chunk)
+    pos = track.cells.pos[start:stop]
+    context = context_of(pos, snapshot.tokens, coder.codec.book.history)
+    rows = track.read(start, stop)
+    near = coder.codec.same(payload, run.first, rows, track.tensors, context, where)
+    before = context_of(pos, old.tokens, coder.codec.book.history)
+    same: NDArray[np.bool_] = near & (before.history == context.history).all(axis=1)
+    return same
+
+
 # --- storing ----------------------------------------------------------------------------------
 
 
@@ -255,6 +332,7 @@ def _store(
     snapshot: Snapshot,
     planned: _Planned,
     tier: Tier,
+    coder: _Coder | None,
     name: str,
     archive: Archive | None,
     progress: Progress | None,
@@ -262,7 +340,7 @@ def _store(
     """Add the missing blocks and the snapshot record; returns the snapshot's number."""
     parent = archive.record(planned.parent) if archive and planned.parent is not None else None
     for track, plan in zip(snapshot.tracks, planned.tracks, strict=True):
-        _store_frames(writer, snapshot, track, plan, tier, progress)
+        _store_frames(writer, snapshot, track, plan, tier, coder, progress)
     record = SnapshotRecord(
         number=writer.n_snapshots,
         parent=planned.parent,
@@ -271,6 +349,7 @@ def _store(
         name=name,
         source=snapshot.source,
         identity=snapshot.identity.facts,
+        coding=coder.facts if coder else {},
         tokens=np.ascontiguousarray(snapshot.tokens, np.int32),
         tracks=[
             TrackRecord(
@@ -292,8 +371,11 @@ def _store_frames(
     track: Track,
     plan: temporal.TrackPlan,
     tier: Tier,
+    coder: _Coder | None,
     progress: Progress | None,
 ) -> None:
+    if coder is not None:
+        coder.codec.check(track.tensors, "pack")
     n_frames = blocks.block_frames(track.tensors)
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
@@ -301,7 +383,7 @@ def _store_frames(
     )
     chunk_ranges = blocks.chunk_ranges(track.tensors)
 
-    def encode(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
+    def encode_exact(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
         rows = track.read(*span)
         chunks = [
             pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, tier.codec)
@@ -309,6 +391,14 @@ def _store_frames(
         ]
         return blocks.content_id(rows), chunks
 
+    def encode_lossy(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
+        assert coder is not None
+        pos = track.cells.pos[slice(*span)]
+        context = context_of(pos, snapshot.tokens, coder.codec.book.history)
+        chunk = coder.codec.encode(track.read(*span), track.tensors, context, coder.log_step)
+        return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
+
+    encode = encode_exact if coder is None else encode_lossy
     frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
@@ -334,11 +424,12 @@ def _store_opaque(
 
 
 def _report(
-    number: int, snapshot: Snapshot, planned: _Planned, size: int, added: int
+    number: int, tier: Tier, snapshot: Snapshot, planned: _Planned, size: int, added: int
 ) -> PackReport:
     n_cells = sum(len(track.cells) for track in snapshot.tracks)
     return PackReport(
         snapshot=number,
+        tier=tier.name,
         plan=planned.name,
         parent=planned.parent,
         n_tokens=len(snapshot.tokens),

@@ -7,5 +7,10 @@ from __future__ import annotations
 
 RAW = 0
 FIELDS_CLASSED_RANS = 1
+BOOK_TRANSFORM = 2
 
-CODEC_NAMES = {RAW: "raw", FIELDS_CLASSED_RANS: "fields+classed-rans"}
+CODEC_NAMES = {
+    RAW: "raw",
+    FIELDS_CLASSED_RANS: "fields+classed-rans",
+    BOOK_TRANSFORM: "book-transform+segments",
+}

@@ -17,8 +17,13 @@ class Tier:
     exact: bool
 
 
-TIERS = {"lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True)}
-DEFAULT_TIER = "lossless"
+TIERS = {
+    "lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True),
+    "near": Tier("near", registry.BOOK_TRANSFORM, exact=False),
+    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False),
+    "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False),
+}
+DEFAULT_TIER, DEFAULT_BOOK_TIER = "lossless", "balanced"
 
 
 def tier_from_name(name: str) -> Tier:

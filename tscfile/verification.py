@@ -37,13 +37,14 @@ def verify(
     path: str | os.PathLike[str],
     *,
     quick: bool = False,
+    book: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
     """Check the archive ``path``; raises only if it cannot be opened at all.
 
     ``progress`` is called with the raw bytes of each block decoded.
     """
-    with Archive(path) as archive:
+    with Archive(path, book=book) as archive:
         report = VerifyReport(archive.path, quick)
         if archive.torn_bytes:
             report.problems.append(
@@ -66,7 +67,7 @@ def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, Archiv
         try:
             record = archive.record(number)
             for part in record.tracks:
-                track = ArchivedTrack(archive, part)
+                track = ArchivedTrack(archive, part, record)
                 tracks |= {run.block: track for run in part.runs}
             if not report.quick:
                 archive.snapshot(number)
@@ -86,12 +87,7 @@ def _check_blocks(
         if track is None:
             return None
         try:
-            rows = [
-                part
-                for chunk in archive.container.blocks[number].chunks
-                for part in archive.decode(number, chunk, track.tensors)
-            ]
-            archive.check_content(number, rows)
+            track.check_block(number)
         except TscError as error:
             return str(error)
         return None

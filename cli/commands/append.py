@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from tscfile.tiers import DEFAULT_TIER
+from tscfile.tiers import TIERS
 
 from ..options import (
     archive_argument,
+    book_option,
     input_file,
     json_option,
     model_identity,
@@ -25,28 +26,32 @@ from ..options import (
 @click.command("append")
 @archive_argument
 @click.argument("source", type=click.Path(path_type=Path, allow_dash=True))
-@click.option("--tier", default=DEFAULT_TIER, show_default=True, help="Quality tier.")
+@click.option(
+    "--tier", type=click.Choice(list(TIERS)), help="Quality tier; that of the save before, if any."
+)
+@book_option
 @click.option("--no-wait", is_flag=True, help="Fail if another process is appending.")
 @model_option
 @quiet_option
 @json_option
 def command(
-    archive: Path, source: Path, tier: str, no_wait: bool, model: Path | None,
-    quiet: bool, as_json: bool,
+    archive: Path, source: Path, tier: str | None, book: Path | None, no_wait: bool,
+    model: Path | None, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Add SOURCE, a later save of the same conversation, to ARCHIVE.
 
     Only the frames that are not in ARCHIVE yet are stored.
     """
     from tscfile.packing import append
-    from tscfile.sources import open_source
+    from tscfile.sources import identity_for, open_source
 
     identity = model_identity(model)
     with input_file(source) as path:
         snapshot = open_source(path)
+        identity = identity_for(snapshot, identity)
         with progress("appending", snapshot.raw_bytes, quiet) as advance:
             report = append(
-                snapshot, archive, tier=tier, identity=identity, wait=not no_wait,
+                snapshot, archive, tier=tier, book=book, identity=identity, wait=not no_wait,
                 progress=advance, name=source.name,
             )  # fmt: skip
     if as_json:

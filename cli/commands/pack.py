@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from tscfile.tiers import DEFAULT_TIER
+from tscfile.tiers import TIERS
 
 from ..options import (
     STDIO,
+    book_option,
     check_apart,
     force_option,
     input_file,
@@ -31,21 +32,25 @@ from ..options import (
     "-o", "--output", type=click.Path(path_type=Path, allow_dash=True),
     help="The archive to make; the source's name with .tsc by default.",
 )  # fmt: skip
-@click.option("--tier", default=DEFAULT_TIER, show_default=True, help="Quality tier.")
+@click.option(
+    "--tier", type=click.Choice(list(TIERS)),
+    help="Quality tier: lossless, or with a book balanced, by default.",
+)  # fmt: skip
+@book_option
 @model_option
 @force_option
 @quiet_option
 @json_option
 def command(
-    source: Path, output: Path | None, tier: str, model: Path | None,
+    source: Path, output: Path | None, tier: str | None, book: Path | None, model: Path | None,
     force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Pack SOURCE, a saved llama.cpp session or sequence, into an archive.
+    """Pack SOURCE, a saved llama.cpp state or a cache in GGUF, safetensors or npz, into an archive.
 
     '-' reads from standard input, and as output writes to standard output. SOURCE is kept.
     """
     from tscfile.packing import pack
-    from tscfile.sources import open_source
+    from tscfile.sources import identity_for, open_source
 
     if output is None:
         output = Path(STDIO) if str(source) == STDIO else source.with_suffix(".tsc")
@@ -53,16 +58,18 @@ def command(
     identity = model_identity(model)
     with input_file(source) as path, output_file(output) as target:
         snapshot = open_source(path)
+        identity = identity_for(snapshot, identity)
         with progress("packing", snapshot.raw_bytes, quiet) as advance:
             report = pack(
-                snapshot, target, tier=tier, identity=identity, force=force, progress=advance,
-                name="" if str(source) == STDIO else source.name,
+                snapshot, target, tier=tier, book=book, identity=identity, force=force,
+                progress=advance, name="" if str(source) == STDIO else source.name,
             )  # fmt: skip
     if as_json and str(output) != STDIO:
         print_json(report)
     say(
         f"{output}: {report.n_tokens} tokens, {size(report.raw_bytes)} of keys and values "
-        f"in {size(report.file_bytes)} ({report.raw_bytes / report.file_bytes:.2f}x, {tier})",
+        f"in {size(report.file_bytes)} ({report.raw_bytes / report.file_bytes:.4g}x, "
+        f"{report.tier})",
         quiet or as_json,
     )
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from ..options import archive_argument, json_option, print_json, quiet_option, say, snapshot_option
+from ..options import (
+    archive_argument,
+    book_option,
+    json_option,
+    print_json,
+    quiet_option,
+    say,
+    snapshot_option,
+)
 
 
 @click.command("resume")
@@ -21,6 +29,7 @@ from ..options import archive_argument, json_option, print_json, quiet_option, s
     help="Tokens to generate.",
 )  # fmt: skip
 @snapshot_option
+@book_option
 @click.option("--ctx", "n_ctx", type=click.IntRange(min=1), help="Cells of the context.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -35,8 +44,8 @@ from ..options import archive_argument, json_option, print_json, quiet_option, s
 @json_option
 def command(
     archive: Path, model: Path, prompt: str, n_predict: int, snapshot: int | None,
-    n_ctx: int | None, temperature: float, seed: int, no_identity: bool, no_probe: bool,
-    verbose: bool, quiet: bool, as_json: bool,
+    book: Path | None, n_ctx: int | None, temperature: float, seed: int, no_identity: bool,
+    no_probe: bool, verbose: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Load a snapshot of ARCHIVE into llama.cpp and continue the conversation.
 
@@ -47,7 +56,7 @@ def command(
     from tscfile.resume.llama_cpp import resume
     from tscfile.unpacking import choose_snapshot
 
-    with Archive(archive) as opened:
+    with Archive(archive, book=book) as opened:
         state = choose_snapshot(opened, snapshot)
         result = resume(
             state, model, prompt, n_predict, n_ctx=n_ctx, temperature=temperature, seed=seed,

@@ -11,6 +11,7 @@ from tscfile.dtypes import DTYPES
 from ..options import (
     STDIO,
     archive_argument,
+    book_option,
     check_apart,
     force_option,
     input_file,
@@ -34,6 +35,7 @@ _FORMATS = (
     help="The file to write; the archive's name with the format's ending by default.",
 )  # fmt: skip
 @snapshot_option
+@book_option
 @click.option(
     "--as", "container", type=click.Choice(_FORMATS),
     help="Kind of llama.cpp state ('state': the usual one), or a format that others read.",
@@ -47,11 +49,12 @@ _FORMATS = (
 @force_option
 @quiet_option
 def command(
-    archive: Path, output: Path | None, snapshot: int | None, container: str | None,
+    archive: Path, output: Path | None, snapshot: int | None, book: Path | None,
+    container: str | None,
     llama_version: int | None, v_trans: str | None, kv_type: str | None, head_dim: int | None,
     force: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Write a snapshot of ARCHIVE as the file it was packed from, bit for bit.
+    """Write a snapshot of ARCHIVE as the file it was packed from, bit for bit if it is lossless.
 
     The other options write what another build or setting of llama.cpp, or another program, wants.
     """
@@ -61,7 +64,7 @@ def command(
     options = StateOptions(
         container, llama_version, None if v_trans is None else v_trans == "yes", kv_type, head_dim
     )
-    with input_file(archive) as path, Archive(path) as opened:
+    with input_file(archive) as path, Archive(path, book=book) as opened:
         state = choose_snapshot(opened, snapshot)
         if output is None:
             ending = suffix_of(state, container)

@@ -8,15 +8,24 @@ import click
 
 from tscfile.errors import DamagedError
 
-from ..options import archive_argument, json_option, print_json, progress, quiet_option, say
+from ..options import (
+    archive_argument,
+    book_option,
+    json_option,
+    print_json,
+    progress,
+    quiet_option,
+    say,
+)
 
 
 @click.command("verify")
 @archive_argument
 @click.option("--quick", is_flag=True, help="Structure only; blocks are not read.")
+@book_option
 @quiet_option
 @json_option
-def command(archive: Path, quick: bool, quiet: bool, as_json: bool) -> int:
+def command(archive: Path, quick: bool, book: Path | None, quiet: bool, as_json: bool) -> int:
     """Check every checksum of ARCHIVE and decode every block. Exit code 3 if anything is wrong."""
     from tscfile.archive import Archive
     from tscfile.verification import verify
@@ -24,7 +33,7 @@ def command(archive: Path, quick: bool, quiet: bool, as_json: bool) -> int:
     with Archive(archive) as opened:
         raw = sum(chunk.raw_length for b in opened.container.blocks for chunk in b.chunks)
     with progress("verifying", 0 if quick else raw, quiet or as_json) as advance:
-        report = verify(archive, quick=quick, progress=advance)
+        report = verify(archive, quick=quick, book=book, progress=advance)
     if as_json:
         print_json(report)
     for problem in report.problems:

@@ -493,7 +493,10 @@ class OpaqueEntry:
 
 @dataclass
 class SnapshotRecord:
-    """One save of the conversation. ``parent`` is the snapshot it was planned against, or None."""
+    """One save of the conversation. ``parent`` is the snapshot it was planned against, or None.
+
+    ``coding``: what decoding needs beyond the file (``book``, its id) and what was promised.
+    """
 
     number: int
     parent: int | None
@@ -502,6 +505,7 @@ class SnapshotRecord:
     name: str
     source: dict[str, Any]
     identity: dict[str, Any]
+    coding: dict[str, Any]
     tokens: NDArray[np.int32]
     tracks: list[TrackRecord]
     opaque: list[OpaqueEntry] = field(default_factory=list)
@@ -513,6 +517,7 @@ class SnapshotRecord:
         writer.string(self.plan).string(self.tier).string(self.name)
         write_metadata(writer, self.source)
         write_metadata(writer, self.identity)
+        write_metadata(writer, self.coding)
         kept = common_prefix(parent_tokens, self.tokens)
         writer.uvarint(kept).uvarint(len(self.tokens) - kept)
         ints.write(writer, self.tokens[kept:])
@@ -546,7 +551,7 @@ class SnapshotRecord:
         reader = ByteReader(data, where, allowance)
         number, parent = reader.uvarint(), reader.uvarint()
         plan, tier, name = reader.string(), reader.string(), reader.string()
-        source, identity = read_metadata(reader), read_metadata(reader)
+        source, identity, coding = (read_metadata(reader) for _ in range(3))
         kept = reader.uvarint(limit=len(parent_tokens))
         reader.claim(4 * kept)
         tokens = np.concatenate([parent_tokens[:kept], ints.read(reader, reader.uvarint())])
@@ -561,7 +566,7 @@ class SnapshotRecord:
             raise DamagedError(f"{where}: two opaque parts have the same name; damaged")
         return cls(
             number, parent - 1 if parent else None, plan, tier, name, source, identity,
-            tokens, tracks, opaque,
+            coding, tokens, tracks, opaque,
         )  # fmt: skip
 
 

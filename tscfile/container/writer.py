@@ -47,7 +47,7 @@ class ContainerWriter:
     >>> with tempfile.TemporaryFile() as file:
     ...     writer = ContainerWriter(file.fileno())
     ...     writer.commit()
-    120
+    96
     """
 
     def __init__(self, fd: int, container: Container | None = None) -> None:

@@ -1,0 +1,100 @@
+"""Find the step that meets each tier's quality target, by the continuation protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ..dtypes import DTYPES
+from ..entropy.ladder import UNITS_PER_OCTAVE
+from ..history import context_of
+from ..lossy import BookCodec
+from ..model import ModelIdentity, TensorSpec
+from ..quality.arrays import CacheShape, KVArrays, heads, rows
+from ..quality.engine import Engine
+from ..quality.protocol import CodecResult, Plan, evaluate
+from ..quality.windows import Text
+from .book import Book, OpenBook, TierEntry
+
+TARGETS = {"near": 0.001, "balanced": 0.01, "compact": 0.05}
+"""Mean KL in nats that each tier stays under, on the text it is measured on."""
+
+_AIM = 0.85
+"""Share of the target that is aimed for: other text may score worse than calibration text."""
+
+_STEPS_PER_KL = 1.6
+"""KL grows about as the step to this power; only the search's speed depends on it."""
+
+_ROUNDS = 6
+_CLOSE = 0.1
+
+
+class StepCodec:
+    """A book at one step as a codec of the protocols: the chunk alone, no file around it."""
+
+    family = "book"
+    source = "this project"
+
+    def __init__(self, book: Book, log_step: int) -> None:
+        self.name = f"step {log_step}"
+        self.book_bytes = 0
+        facts = {"rope_pairing": book.facts["book.rope_pairing"]}
+        self._codec = BookCodec(OpenBook("", book, 0), ModelIdentity(facts), "book")
+        self._log_step = log_step
+
+    def encode(self, cache: KVArrays) -> bytes:
+        context = context_of(cache.shape.positions, cache.shape.tokens, self._codec.book.history)
+        stored = [rows(part) for part in (*cache.keys, *cache.values)]
+        tensors = _tensors(cache.shape)
+        chunk = self._codec.encode(
+            [part.view(np.uint8) for part in stored], tensors, context, self._log_step
+        )
+        return chunk.header.write() + chunk.body
+
+    def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
+        context = context_of(shape.positions, shape.tokens, self._codec.book.history)
+        found = self._codec.decode(memoryview(data), _tensors(shape), 0, context, "book")
+        arrays = [
+            heads(part.view(np.float16), layer.n_kv_heads)
+            for part, layer in zip(found, 2 * shape.layers, strict=True)
+        ]
+        return KVArrays(shape, arrays[: len(shape.layers)], arrays[len(shape.layers) :])
+
+
+def measure_tiers(
+    engine: Engine, book: Book, text: Text, *, n_windows: int, frames: int,
+    progress: Callable[[str], None] = lambda words: None,
+) -> dict[str, TierEntry]:  # fmt: skip
+    """The coarsest step found for each of `TARGETS`, with the KL and ratio measured there."""
+    plan = Plan(frames=(frames,), n_windows=n_windows)
+    tiers = {}
+    log_step = int(np.median(book.log_sigmas))
+    for name, target in TARGETS.items():
+        best: tuple[int, CodecResult] | None = None
+        for _ in range(_ROUNDS):
+            progress(f"tier {name}: trying step {log_step}")
+            (result,) = evaluate(engine, text, [StepCodec(book, log_step)], plan).results
+            kl = result.continuation.kl_mean
+            aim = target * _AIM
+            if kl <= aim and (best is None or log_step > best[0]):
+                best = log_step, result
+            if aim * (1 - _CLOSE) <= kl <= aim:
+                break
+            octaves = math.log2(aim * (1 - _CLOSE / 2) / max(kl, 1e-9)) / _STEPS_PER_KL
+            log_step += round(UNITS_PER_OCTAVE * max(-4.0, min(4.0, octaves)))
+        if best is not None:
+            kl, ratio = best[1].continuation.kl_mean, best[1].snapshot_ratio
+            tiers[name] = TierEntry(name, best[0], kl, ratio)
+    return tiers
+
+
+def _tensors(shape: CacheShape) -> list[TensorSpec]:
+    keys = [2 * layer.n_kv_heads * layer.key_dim for layer in shape.layers]
+    values = [2 * layer.n_kv_heads * layer.value_dim for layer in shape.layers]
+    return [
+        TensorSpec(i, role, DTYPES["f16"], row_bytes)
+        for role, sizes in (("k", keys), ("v", values))
+        for i, row_bytes in enumerate(sizes)
+    ]

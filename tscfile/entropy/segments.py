@@ -1,0 +1,76 @@
+"""Integer coefficients of a run of frames that share one step, as a compact rANS stream.
+
+    uvarint n_frames · i16 log_step · uvarint n_lanes · n_lanes x uvarint words of the lane ·
+    words · escaped values as zigzag varints
+
+Coefficients that are too narrow for the step are left out, those left are coded with the table of
+their class (`ladder`). ``spec/codecs/segments.md`` gives every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from tscfile_kernels import ops
+
+from ..bytestream import ByteReader, ByteWriter
+from ..errors import DamagedError
+from . import ladder
+
+_BYTES_PER_LANE = 768
+
+
+def encode(
+    writer: ByteWriter, values: NDArray[np.int32], log_step: int,
+    classes: NDArray[np.int64], frequencies: NDArray[np.uint16],
+) -> None:  # fmt: skip
+    """Append int32 ``[n, R]``; columns of class -1 must be zero."""
+    used = classes >= 0
+    symbols, escaped = ladder.to_symbols(np.ascontiguousarray(values[:, used]))
+    writer.uvarint(len(values)).pack("h", log_step)
+    if symbols.size:
+        column_classes = classes[used].astype(np.uint8)
+        guess = ops.rans_encode(symbols, column_classes, frequencies, 1)[0].nbytes
+        lanes = int(np.clip(guess // _BYTES_PER_LANE, 1, ops.LANES))
+        words, lengths = ops.rans_encode(symbols, column_classes, frequencies, lanes)
+        writer.uvarint(lanes)
+        for length in lengths.tolist():
+            writer.uvarint(length)
+        writer.raw(words.astype("<u2").tobytes())
+    for value in escaped.tolist():
+        writer.uvarint(2 * value if value >= 0 else -2 * value - 1)
+
+
+def decode(
+    reader: ByteReader, n_coefficients: int, log_sigmas: NDArray[np.int16],
+    frequencies: NDArray[np.uint16], max_frames: int,
+) -> tuple[int, NDArray[np.int32]]:  # fmt: skip
+    """The next segment's ``log_step`` and int32 ``[n, R]``."""
+    n_frames = reader.uvarint(limit=max_frames)
+    (log_step,) = reader.unpack("h")
+    classes = ladder.class_of(log_sigmas, log_step)
+    used = classes >= 0
+    values = np.zeros((n_frames, n_coefficients), np.int32)
+    symbols = np.zeros((n_frames, int(used.sum())), np.uint8)
+    if not symbols.size:
+        return log_step, values
+    lanes = reader.uvarint(limit=ops.LANES)
+    lengths = np.array([reader.uvarint(limit=symbols.size + 2) for _ in range(lanes)], np.uint32)
+    raw = reader.take(2 * int(lengths.sum(dtype=np.uint64)))
+    words = np.frombuffer(raw, "<u2").astype(np.uint16)
+    numbers = np.arange(ladder.N_SYMBOLS, dtype=np.uint8)
+    column_classes = classes[used].astype(np.uint8)
+    if not ops.rans_decode(words, lengths, column_classes, frequencies, numbers, symbols):
+        raise DamagedError(f"{reader.where}: an entropy-coded lane does not end as it should")
+    n_escaped = int((symbols == ladder.ESCAPE).sum())
+    escaped = np.fromiter(_escapes(reader, n_escaped), np.int32, n_escaped)
+    values[:, used] = ladder.from_symbols(symbols, escaped)
+    return log_step, values
+
+
+def _escapes(reader: ByteReader, count: int) -> Iterator[int]:
+    for _ in range(count):
+        coded = reader.uvarint(limit=(1 << 32) - 1)
+        yield coded >> 1 if coded % 2 == 0 else -(coded >> 1) - 1

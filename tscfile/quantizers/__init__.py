@@ -1,0 +1,1 @@
+"""Real coefficients to integers and back."""
