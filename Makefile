@@ -27,7 +27,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
-	$(PIP) -e '.[llama,hf,test]'
+	$(PIP) -e '.[llama,hf,plot,test]'
 	touch $@
 
 $(BIN)/pip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -140,6 +141,35 @@ def write_kv(path: Path, n_frames: int, **options: Any) -> Path:
     """Make the llama.cpp state file ``path``; see `make_snapshot`."""
     path.write_bytes(state_bytes(make_snapshot(n_frames, **options)))
     return path
+
+
+def write_large_kv(path: Path, n_layers: int, n_frames: int, n_channels: int, v_trans: int) -> int:
+    """A session file of any size in little memory and time: f16 noise, repeated; returns its size.
+
+    The repeats are of no use to a codec that looks at one block at a time.
+    """
+    rng = np.random.default_rng(0)
+    tile = gaussian_rows(rng, DTYPES["f16"], 1024, 1024).tobytes()
+    row_bytes = 2 * n_channels
+    cells = np.zeros((n_frames, 3), "<i4")
+    cells[:, 0], cells[:, 1] = np.arange(n_frames), 1
+    with path.open("wb") as file:
+        file.write(struct.pack("<III", 0x6767736E, 10, n_frames))
+        file.write(rng.integers(3, 30000, n_frames).astype("<i4").tobytes())
+        file.write(struct.pack("<I5sII", 5, b"llama", 1, n_frames) + cells.tobytes())
+        file.write(struct.pack("<II", v_trans, n_layers))
+        for role in "kv":
+            for layer in range(n_layers):
+                if role == "v" and v_trans:
+                    file.write(struct.pack("<iII", 1, 2, n_channels))
+                else:
+                    file.write(struct.pack("<iQ", 1, row_bytes))
+                left, at = n_frames * row_bytes, 2 * 997 * layer
+                while left:
+                    part = tile[at : at + left]
+                    file.write(part)
+                    left, at = left - len(part), 0
+        return file.tell()
 
 
 def same_state(a: Snapshot, b: Snapshot) -> bool:
