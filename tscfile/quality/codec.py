@@ -90,6 +90,18 @@ class TierCodec:
             pack(snapshot_from_arrays(cache), path, **self._options)
             return path.read_bytes()
 
+    def series_bytes(self, saves: Sequence[KVArrays]) -> int:
+        """Size of one archive of growing saves of a conversation: the first packed, the others
+        appended."""
+        from ..packing import append, pack
+
+        with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
+            path = Path(folder) / "series.tsc"
+            pack(snapshot_from_arrays(saves[0]), path, **self._options)
+            for save in saves[1:]:
+                append(snapshot_from_arrays(save), path, **self._options)
+            return path.stat().st_size
+
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
         from ..archive import Archive
         from ..sources.hf_cache import to_cache

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 N_SINKS = 4
 N_RECENT = 128
+N_SAVES = 4
+"""Saves of a growing conversation, each by the same number of tokens, for the series ratio."""
+
 _WARM_UP_FRAMES = 64
 
 Progress = Callable[[str], None]
@@ -107,7 +110,8 @@ class CodecResult:
     """One codec at one length of context; bytes and values are sums over all windows.
 
     ``kl_of_forgetting``: mean KL as a share of that of forgetting. ``snapshot_ratio``: fp16 bytes
-    over all bytes stored, the book apart. ``series_ratio``: None where the codec stores single
+    over all bytes stored, the book apart. ``series_ratio``: the same for `N_SAVES` growing saves of
+    each window in one archive, summed fp16 bytes over the file; None where the codec stores single
     snapshots. Speeds are medians over windows, in MB of fp16 cache a second.
     """
 
@@ -188,6 +192,8 @@ class _Tally:
     continuation: list[Comparison] = field(default_factory=list)
     recall: list[Comparison] = field(default_factory=list)
     n_bytes: int = 0
+    series_raw: int = 0
+    series_stored: int = 0
     encode_mb_s: list[float] = field(default_factory=list)
     decode_mb_s: list[float] = field(default_factory=list)
 
@@ -297,7 +303,19 @@ def _roundtrip(codec: Codec, original: KVArrays, tally: _Tally) -> KVArrays:
     tally.n_bytes += len(data)
     tally.encode_mb_s.append(megabytes / max(encoded - start, 1e-9))
     tally.decode_mb_s.append(megabytes / max(decoded - encoded, 1e-9))
+    _measure_series(codec, original, tally)
     return restored
+
+
+def _measure_series(codec: Codec, original: KVArrays, tally: _Tally) -> None:
+    """What the same window costs as `N_SAVES` saves of a growing conversation."""
+    series_bytes = getattr(codec, "series_bytes", None)
+    if series_bytes is None:
+        return
+    n_tokens = original.shape.n_tokens
+    saves = [original.head(n_tokens * k // N_SAVES) for k in range(1, N_SAVES + 1)]
+    tally.series_raw += sum(save.raw_bytes for save in saves)
+    tally.series_stored += series_bytes(saves)
 
 
 def _check(codec: Codec, original: KVArrays, restored: KVArrays) -> None:
@@ -353,7 +371,7 @@ def _result(
         book_bytes=codec.book_bytes,
         bits_per_value=8 * tally.n_bytes / n_values,
         snapshot_ratio=raw_bytes / tally.n_bytes,
-        series_ratio=None,
+        series_ratio=tally.series_raw / tally.series_stored if tally.series_stored else None,
         encode_mb_s=float(np.median(tally.encode_mb_s)),
         decode_mb_s=float(np.median(tally.decode_mb_s)),
     )

@@ -47,7 +47,7 @@ def _quality(plain: dict[str, Any] | None) -> Quality | None:
 # --- tables -----------------------------------------------------------------------------------
 
 _COLUMNS = (
-    "codec", "bits/value", "ratio", "KL", "KL p99", "of forgetting", "top-1", "Δ ppl",
+    "codec", "bits/value", "ratio", "series", "KL", "KL p99", "of forgetting", "top-1", "Δ ppl",
     "recall ppl", "recall acc", "enc MB/s", "dec MB/s", "book",
 )  # fmt: skip
 
@@ -76,11 +76,12 @@ def markdown(report: Report, frames: int) -> str:
 def rows(report: Report, frames: int) -> list[tuple[str, ...]]:
     """Cells under `_COLUMNS`: forgetting first, then every codec."""
     reference = report.reference(frames)
-    forgetting = ("(forgetting)", "-", "-", *_quality_cells(reference.forgetting, 1.0),
+    forgetting = ("(forgetting)", "-", "-", "-", *_quality_cells(reference.forgetting, 1.0),
                   *_recall_cells(reference.forgetting_recall), "-", "-", "-")  # fmt: skip
     return [forgetting] + [
         (
             each.codec, f"{each.bits_per_value:.3f}", f"{each.snapshot_ratio:.2f}",
+            "-" if each.series_ratio is None else f"{each.series_ratio:.2f}",
             *_quality_cells(each.continuation, each.kl_of_forgetting),
             *_recall_cells(each.recall), f"{each.encode_mb_s:.0f}", f"{each.decode_mb_s:.0f}",
             f"{each.book_bytes / 1e6:.2f} MB" if each.book_bytes else "-",
