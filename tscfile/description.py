@@ -33,7 +33,8 @@ class TensorGroup:
 @dataclass(frozen=True)
 class SnapshotInfo:
     """One save. ``restore_bytes``: what of the file is needed to restore it;
-    ``ratio``: ``raw_bytes / restore_bytes``, the snapshot ratio."""
+    ``ratio``: ``raw_bytes / restore_bytes``, the snapshot ratio. ``coding``: of a lossy tier the
+    book it needs (``book``), the step, and the KL measured when the book was made."""
 
     number: int
     name: str
@@ -45,6 +46,7 @@ class SnapshotInfo:
     raw_bytes: int
     restore_bytes: int
     ratio: float
+    coding: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo
         raw_bytes=raw,
         restore_bytes=restore,
         ratio=raw / restore,
+        coding=dict(record.coding),
     )
 
 

@@ -94,7 +94,9 @@ class BookCodec:
         """Frames ``first`` to ``first + len(context.pos)`` of a chunk."""
         _, values = self.coefficients(payload, where)
         part = values[first : first + len(context.pos)]
-        frames = part @ self.book.synthesis + self.book.predict(context.history)
+        # Most coefficients of a coarse tier are zero in every frame.
+        used = np.flatnonzero(part.any(axis=0))
+        frames = part[:, used] @ self.book.synthesis[used] + self.book.predict(context.history)
         return channels.from_frames(
             frames, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
         )

@@ -41,6 +41,8 @@ def _lines(info: ArchiveInfo) -> Iterator[str]:
     for group in info.tensors:
         yield f"  tensors    {_tensors(group)}"
     yield f"  codecs     {', '.join(info.codecs) or 'none'}"
+    for coding in _codings(info):
+        yield f"  book       {_facts(coding)}"
     if not info.snapshots:
         return
     yield ""
@@ -55,6 +57,15 @@ def _lines(info: ArchiveInfo) -> Iterator[str]:
         )
     yield ""
     yield f"  snapshot ratio {info.snapshot_ratio:.3f}x   series ratio {info.series_ratio:.3f}x"
+
+
+def _codings(info: ArchiveInfo) -> list[dict[str, object]]:
+    """What the lossy snapshots need and promise, each once."""
+    found: list[dict[str, object]] = []
+    for row in info.snapshots:
+        if row.coding and row.coding not in found:
+            found.append(row.coding)
+    return found
 
 
 def _facts(facts: dict[str, object]) -> str:

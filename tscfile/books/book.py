@@ -124,10 +124,15 @@ class Book:
 
         ``history``: int32 ``[n, H]``, the token of each frame, then those before it; -1 for none.
         """
-        known = (history >= 0) & (history < len(self._vectors))
-        vectors = self._vectors[np.where(known, history, 0)] * known[:, :, None]
-        predicted = vectors.reshape(len(history), -1) @ self._predictor
-        return predicted + self.arrays["mean"]
+        predicted = np.repeat(self.arrays["mean"][None], len(history), axis=0)
+        width = self._vectors.shape[1]
+        for k, tokens in enumerate(history.T):
+            # Text repeats its tokens: each one's share is computed once.
+            each, which = np.unique(tokens, return_inverse=True)
+            known = (each >= 0) & (each < len(self._vectors))
+            vectors = self._vectors[np.where(known, each, 0)] * known[:, None]
+            predicted += (vectors @ self._predictor[k * width : (k + 1) * width])[which]
+        return predicted
 
     # --- bytes --------------------------------------------------------------------------------
 
