@@ -42,7 +42,7 @@ def _lines(info: ArchiveInfo) -> Iterator[str]:
         yield f"  tensors    {_tensors(group)}"
     yield f"  codecs     {', '.join(info.codecs) or 'none'}"
     for coding in _codings(info):
-        yield f"  book       {_facts(coding)}"
+        yield f"  coding     {_facts(coding)}"
     if not info.snapshots:
         return
     yield ""
@@ -73,7 +73,7 @@ def _facts(facts: dict[str, object]) -> str:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return f"{text[:16]}…" if len(text) == 64 else text
 
 
