@@ -3,6 +3,9 @@
 It favours plainness over speed, keeps the whole file in memory, and is no judge of hostile files.
 
     File(open("session.tsc", "rb").read()).snapshots[-1]["tracks"][0]["rows"]
+
+Archives of a book tier need the bytes of the book, `File(data, book)`. Their rows are computed in
+float64; `File.integers` gives the integers they are made from.
 """
 
 from __future__ import annotations
@@ -20,6 +23,16 @@ BLOCKS = {  # element type: (elements, bytes, has minimum, bits of a code); tsc.
     8: (32, 34, False, 8), 20: (32, 18, False, 4),
 }  # fmt: skip
 FLOATS = {0: 4, 1: 2, 30: 2}
+PAIRINGS = {  # registry.md, rotary pairing
+    "norm": """arcee arctic baichuan bailingmoe chameleon chatglm command-r cohere2 deci deepseek
+        deepseek2 ernie4_5 ernie4_5-moe granite granitehybrid granitemoe internlm2 llada llama
+        llama4 minicpm neo-bert olmo plm smollm3 starcoder xverse""",
+    "neox": """apertus bailingmoe2 bitnet codeshell dbrx dots1 dream exaone exaone4 falcon falcon-h1
+        gemma gemma2 gemma3 gemma3n glm4moe gpt-oss gptneox grok grovemoe hunyuan-dense hunyuan-moe
+        lfm2 lfm2moe llada-moe minicpm3 nemotron olmo2 olmoe openelm orion phi2 phi3 phimoe plamo
+        plamo2 qwen qwen2 qwen2moe qwen3 qwen3moe qwen3next seed_oss smallthinker stablelm
+        starcoder2""",
+}
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 10, 11, 12), "BbHhIifQqd", strict=True))
 
 
@@ -166,20 +179,26 @@ def decode_high(cursor, n, n_columns, bits):
     low, high = (np.frombuffer(tables.take(n_classes * n_symbols), np.uint8) for _ in range(2))
     tables.end()
     f = (low + 256 * high.astype(np.uint32)).reshape(n_classes, n_symbols)
+    lengths = np.array(cursor.fixed("32I"), np.int64)
+    words = cursor.take(2 * int(lengths.sum()))
+    return alphabet[decode_lanes(words, lengths, f, classes, n)]
+
+
+def decode_lanes(data, lengths, f, classes, n):
+    """``n`` symbols, int64. ``f``: uint32 [classes, symbols]; ``classes``: of each column."""
+    n_lanes = len(lengths)
+    need(1 <= n_lanes <= 32 and lengths.min() >= 2, "lanes")
     need((f.sum(axis=1) == 4096).all(), "frequencies")
     first = (np.cumsum(f, axis=1) - f).astype(np.uint32)
-    symbol_of_slot = np.array([np.repeat(np.arange(n_symbols), row) for row in f])
-    lengths = np.array(cursor.fixed("32I"), np.int64)
-    need(lengths.min() >= 2, "lane length")
-    words = np.frombuffer(cursor.take(2 * int(lengths.sum())), "<u2").astype(np.uint32)
-    words = np.concatenate([words, np.zeros(1, np.uint32)])
+    symbol_of_slot = np.array([np.repeat(np.arange(f.shape[1]), row) for row in f])
+    words = np.append(np.frombuffer(data, "<u2"), 0).astype(np.uint32)
     ends = np.cumsum(lengths)
     at = ends - lengths + 2
     x = words[at - 2] << 16 | words[at - 1]
     symbols = np.empty(n, np.int64)
-    for i in range(0, n, 32):  # all lanes side by side; the last step may lack some
-        lanes = slice(0, min(32, n - i))
-        k = classes[np.arange(i, i + lanes.stop) % n_columns]
+    for i in range(0, n, n_lanes):  # all lanes side by side; the last step may lack some
+        lanes = slice(0, min(n_lanes, n - i))
+        k = classes[np.arange(i, i + lanes.stop) % len(classes)]
         slot = x[lanes] & 0xFFF
         s = symbols[i : i + lanes.stop] = symbol_of_slot[k, slot]
         state = f[k, s].astype(np.uint32) * (x[lanes] >> 12) + slot - first[k, s]
@@ -187,7 +206,7 @@ def decode_high(cursor, n, n_columns, bits):
         x[lanes] = np.where(short, state << 16 | words[np.minimum(at, ends[-1])[lanes]], state)
         at[lanes] += short
     need((x == 1 << 16).all() and (at == ends).all(), "a lane does not end as it should")
-    return alphabet[symbols]
+    return symbols
 
 
 def decode_fields(cursor, n_frames, element_type, row_bytes):
@@ -220,14 +239,138 @@ def join(part, n_frames, code_bits):
     return np.concatenate([*pieces, codes], axis=2).reshape(n_frames, -1)
 
 
+# --- books, book-transform and segments --------------------------------------------------------
+
+
+class Book:
+    """``facts``, ``tiers`` (name: log_step, KL, ratio), ``arrays``; ``id`` in hexadecimal."""
+
+    def __init__(self, data):
+        need(data[:12] == b"\x89TSCBOOK\r\n\x1a\n" and len(data) >= 44, "magic of a book")
+        need(blake3(data[:-32]).digest() == data[-32:], "hash of a book")
+        self.id = data[-32:].hex()
+        c = Cursor(data[12:-32])
+        need(c.uvarint() == 1, "version of a book")
+        self.facts = c.metadata()
+        self.tiers = dict(c.several(lambda: (c.string(), c.fixed("idd"))))
+        self.arrays = dict(c.several(lambda: book_array(c)))
+        c.end()
+        need(self.facts["book.rope_pairing"] == "neox", "pairing of a book")
+        a = self.arrays
+        self.basis, self.predictor, self.vectors = (
+            a[name].astype(float) * a[scales].reshape(shape)
+            for name, scales, shape in (
+                ("basis", "basis_scales", (-1, 1)),
+                ("predictor", "predictor_scales", (1, -1)),
+                ("token_vectors", "token_scales", (-1, 1)),
+            )
+        )
+
+    def predict(self, tokens, pos):
+        """Mean and prediction, float64 [n, C]."""
+        at = pos[:, None].astype(np.int64) - np.arange(self.facts["book.history"])
+        known = (at >= 0) & (at < len(tokens))
+        token = np.append(tokens, 0)[np.where(known, at, -1)]
+        known &= (token >= 0) & (token < len(self.vectors))
+        features = self.vectors[np.where(known, token, 0)] * known[:, :, None]
+        return self.arrays["mean"] + features.reshape(len(pos), -1) @ self.predictor
+
+    def rows(self, log_steps, values, tensors, tokens, pos, pairing):
+        """uint8 [n, row bytes] of each tensor, from integers [n, R] and the step of each frame."""
+        steps = np.float32(2.0 ** (log_steps / 256)).astype(float)
+        x = self.predict(tokens, pos) + (values * steps[:, None]) @ self.basis
+        order = sorted(range(len(tensors)), key=lambda i: (tensors[i][1], tensors[i][0]))
+        n_channels = [tensors[i][3] // FLOATS[tensors[i][2]] for i in order]
+        need(sum(n_channels) == x.shape[1], "channels of the book")
+        rows = [None] * len(tensors)
+        for i, part in zip(order, np.split(x, np.cumsum(n_channels)[:-1], axis=1), strict=True):
+            _, role, type_, *_ = tensors[i]
+            rows[i] = as_rows(self.turn(part, pos, pairing) if role == 0 else part, type_)
+        return rows
+
+    def turn(self, keys, pos, pairing):
+        """Apply RoPE to float64 [n, channels] and put each head's pairs where the source does."""
+        inv_freq, scale = self.arrays["inv_freq"], float(np.float32(self.facts["book.rope_scale"]))
+        angles = (pos.astype(np.float32)[:, None] * inv_freq).astype(float)  # float32 product
+        cos, sin = np.cos(angles)[:, None] * scale, np.sin(angles)[:, None] * scale
+        heads = keys.reshape(len(pos), -1, self.facts["book.head_dim"])
+        m = len(inv_freq)
+        a, b = heads[..., :m], heads[..., m : 2 * m]
+        pair = np.stack([a * cos - b * sin, b * cos + a * sin], axis=2 if pairing == "neox" else 3)
+        turned = pair.reshape(*heads.shape[:2], 2 * m)
+        return np.concatenate([turned, heads[..., 2 * m :]], axis=2).reshape(keys.shape)
+
+
+def book_array(c):
+    name, code = c.string(), c.string()
+    need(code in ("f4", "f2", "i1", "i2", "i4", "u2"), "type of an array")
+    shape = c.several(c.uvarint)
+    size = int(code[1])
+    for n in shape:
+        size *= n
+    content = unzstd(c.take(c.uvarint()), size)
+    need(len(content) == size, "size of an array")
+    return name, np.frombuffer(content, "<" + code).reshape(shape)
+
+
+def decode_segments(c, n_frames, book):
+    """int64 log_steps [n] and integers [n, R] of a book-coded chunk."""
+    sigmas = book.arrays["log_sigmas"].astype(np.int64)
+    f = book.arrays["frequencies"].astype(np.uint32)
+    steps, parts, left = [], [], n_frames
+    while left:
+        n, (log_step,) = c.uvarint(), c.fixed("h")
+        need(1 <= n <= left, "frames of a segment")
+        units = sigmas - log_step + 768
+        stored = units >= 0
+        classes = np.minimum(units[stored] // 64, 39)
+        values = np.zeros((n, len(sigmas)), np.int64)
+        if len(classes):
+            lengths = np.array(c.several(c.uvarint), np.int64)
+            data = c.take(2 * int(lengths.sum()))
+            symbols = decode_lanes(data, lengths, f, classes, n * len(classes))
+            found = (symbols + 1) // 2 * np.where(symbols % 2, 1, -1)
+            for i in np.flatnonzero(symbols == 31):
+                u = c.uvarint()
+                need(u < 1 << 32, "an escaped value")
+                found[i] = u >> 1 ^ -(u & 1)
+            values[:, stored] = found.reshape(n, -1)
+        steps.append(np.full(n, log_step))
+        parts.append(values)
+        left -= n
+    return np.concatenate(steps), np.concatenate(parts)
+
+
+def as_rows(values, type_):
+    """Round to nearest, ties to even."""
+    if type_ == 30:
+        bits = values.astype("<f4").view("<u4")
+        stored = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+    else:
+        with np.errstate(over="ignore"):
+            stored = values.astype({0: "<f4", 1: "<f2"}[type_])
+    return np.ascontiguousarray(stored).view(np.uint8)
+
+
+def pairing_of(identity):
+    """Which channels of a key head the rows turn together: "norm" or "neox"."""
+    if "rope_pairing" in identity:
+        return identity["rope_pairing"]
+    for pairing, architectures in PAIRINGS.items():
+        if identity.get("architecture") in architectures.split():
+            return pairing
+    raise Damaged("how the keys are turned is not known")
+
+
 # --- container --------------------------------------------------------------------------------
 
 
 class File:
     """``snapshots``: dicts with tokens, source, tracks, opaque; see `_snapshot` and `_track`."""
 
-    def __init__(self, data):
+    def __init__(self, data, book=None):
         self.data = data
+        self.book = Book(book) if book is not None else None
         need(data[:8] == b"\x89TSC\r\n\x1a\n" and len(data) >= 32, "magic")
         major, _, required, _, _, check = struct.unpack("<HHIIIQ", data[8:32])
         need(check == checksum(data[:24]), "header checksum")
@@ -289,17 +432,21 @@ class File:
         need(number == len(self.snapshots) and parent <= number, "number or parent")
         out = {"parent": parent - 1 if parent else None}
         out |= {"plan": c.string(), "tier": c.string(), "name": c.string()}
-        out |= {"source": c.metadata(), "identity": c.metadata()}
+        out |= {"source": c.metadata(), "identity": c.metadata(), "coding": c.metadata()}
         kept, n_new = c.uvarint(), c.uvarint()
         before = self.snapshots[parent - 1]["tokens"] if parent else np.zeros(0, np.int32)
         need(kept <= len(before), "kept tokens")
         out["tokens"] = np.concatenate([before[:kept], c.ints(n_new)])
-        out["tracks"] = c.several(lambda: self._track(c, out["tokens"]))
-        out["opaque"] = dict(c.several(lambda: self._opaque(c)))
+        out["tracks"] = c.several(lambda: self._track(c, out))
+        opaque = c.several(lambda: self._opaque(c))
+        out["opaque"] = dict(opaque)
         c.end()
+        need(len(out["opaque"]) == len(opaque), "an opaque name occurs twice")
+        places = {(track["cache"], track["stream"]) for track in out["tracks"]}
+        need(len(places) == len(out["tracks"]), "a track occurs twice")
         return out
 
-    def _track(self, c, tokens):
+    def _track(self, c, snapshot):
         out = {"cache": c.uvarint(), "stream": c.uvarint(), "attributes": c.metadata()}
         tensors = []  # (layer, role, element type, row bytes, rotation)
         for _ in range(c.uvarint()):
@@ -312,14 +459,16 @@ class File:
         need(n <= sum(block["frames"] for block in self.blocks), "more cells than frames")
         out["pos"], out["seq_counts"] = c.ints(n), c.ints(n)
         out["seq_ids"] = c.ints(int(out["seq_counts"].sum()))
-        out["columns"] = c.several(lambda: cell_column(c, out["pos"], tokens))
+        out["columns"] = c.several(lambda: cell_column(c, out["pos"], snapshot["tokens"]))
         out["rows"] = [np.empty((n, row_bytes), np.uint8) for _, _, _, row_bytes, _ in tensors]
         at = 0
         for number, first, count in runs:
             need(number < len(self.blocks), "block number")
             need(first + count <= self.blocks[number]["frames"], "frame run outside its block")
-            for rows, block in zip(out["rows"], self.block(number, tensors), strict=True):
-                rows[at : at + count] = block[first : first + count]
+            pos = out["pos"][at : at + count]
+            found = self._frames(number, slice(first, first + count), snapshot, tensors, pos)
+            for rows, part in zip(out["rows"], found, strict=True):
+                rows[at : at + count] = part
             at += count
         return out
 
@@ -329,13 +478,37 @@ class File:
         need(len(content) == length and blake3(content).digest(length=16) == id_, "opaque part")
         return name, content
 
+    def _frames(self, number, span, snapshot, tensors, pos):
+        """Rows of the frames ``span`` of a block, which sit at the positions ``pos``."""
+        chunks = self.blocks[number]["chunks"]
+        need(not any(chunk["said"][1] for chunk in chunks), "quality layer is not known")
+        firsts, counts = ([chunk["said"][i] for chunk in chunks] for i in (2, 3))
+        need([*firsts, len(tensors)] == [0, *np.cumsum(counts).tolist()], "tensors of a block")
+        if any(chunk["said"][0] == 2 for chunk in chunks):
+            log_steps, values = self.integers(number, snapshot, tensors)
+            pairing = pairing_of(snapshot["identity"])
+            return self.book.rows(
+                log_steps[span], values[span], tensors, snapshot["tokens"], pos, pairing
+            )
+        return [rows[span] for rows in self.block(number, tensors)]
+
+    def integers(self, number, snapshot, tensors):
+        """int64 log_step [frames] and integers [frames, R] of a book-coded block."""
+        if number not in self.decoded:
+            wanted = snapshot["coding"].get("book")
+            need(self.book is not None and self.book.id == wanted, f"book {wanted} is needed")
+            need(len(self.blocks[number]["chunks"]) == 1, "one chunk in a book-coded block")
+            self.decoded[number] = self._chunk(
+                self.blocks[number], self.blocks[number]["chunks"][0], tensors
+            )
+        return self.decoded[number]
+
     def block(self, number, tensors):
         """Rows of all tensors of a block: uint8 [frames, row bytes] each."""
         if number not in self.decoded:
             entry = self.blocks[number]
             chunks = [self._chunk(entry, chunk, tensors) for chunk in entry["chunks"]]
             rows = [part for chunk in chunks for part in chunk]
-            need([r.shape[1] for r in rows] == [t[3] for t in tensors], "tensors of a block")
             digest = blake3(b"".join(r.tobytes() for r in rows)).digest(length=16)
             need(digest == entry["content_id"], "content id")
             self.decoded[number] = rows
@@ -351,8 +524,11 @@ class File:
         meant = tensors[first : first + len(row_bytes)]
         need(n_frames == entry["frames"], "frames of a chunk")
         need([(type_, n) for n in row_bytes] == [t[2:4] for t in meant], "tensors of a chunk")
-        need(codec <= 1 and layer == 0, "codec or quality layer is not known")
-        if codec == 1:
+        need(codec <= 2, "codec is not known")
+        if codec == 2:
+            need(blake3(payload).digest(length=16) == entry["content_id"], "content id")
+            rows = decode_segments(c, n_frames, self.book)
+        elif codec == 1:
             rows = decode_fields(c, n_frames, type_, row_bytes)
         else:
             rows = [np.frombuffer(c.take(n_frames * n), np.uint8).reshape(-1, n) for n in row_bytes]
@@ -362,6 +538,7 @@ class File:
 
 def block_entry(c):
     frames, content_id, logical_id = c.uvarint(), c.take(16), c.take(16)
+    need(frames, "a block without frames")
     chunks = c.several(
         lambda: {
             "ref": c.ref(),

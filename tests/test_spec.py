@@ -15,11 +15,16 @@ import numpy as np
 import pytest
 
 import tscfile
-from tscfile import registry, temporal
-from tscfile.container import records
+from tscfile import lossy, registry, temporal
+from tscfile.archive import Archive
+from tscfile.books import book as books
+from tscfile.books.measure import TARGETS
+from tscfile.container import reader, records
 from tscfile.dtypes import DTYPES, opaque_dtype
-from tscfile.entropy import classed_rans, ints
+from tscfile.entropy import classed_rans, ints, ladder, segments
+from tscfile.identity import ROPE_PAIRING, identity_from_gguf
 from tscfile.model import CellTable, Snapshot, TensorSpec
+from tscfile.quantizers import uniform
 from tscfile.tiers import TIERS
 from tscfile.transforms import fields
 
@@ -27,6 +32,9 @@ ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"
 SAMPLES = ROOT / "samples"
 SMALLEST = SPEC / "vectors" / "valid" / "smallest"
+LOSSY = SPEC / "vectors" / "valid" / "lossy"
+MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
+BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
 
 
 def _load_decoder() -> ModuleType:
@@ -40,22 +48,25 @@ def _load_decoder() -> ModuleType:
 decoder = _load_decoder()
 
 
-def _assert_same(path: Path) -> None:
+def _assert_same(path: Path, book: Path | None = None) -> Any:
     """Every snapshot of the archive, by the decoder of the specification and by tscfile."""
-    file = decoder.File(path.read_bytes())
-    with tscfile.open(path) as archive:
+    file = decoder.File(path.read_bytes(), book and book.read_bytes())
+    with Archive(path, book=book) as archive:
         assert len(file.snapshots) == len(archive) > 0
         for number, found in enumerate(file.snapshots):
             record, expected = archive.record(number), archive.snapshot(number)
-            for key in ("parent", "plan", "tier", "name", "source", "identity"):
+            for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
                 assert found[key] == getattr(record, key), key
             assert found["tokens"].tolist() == expected.tokens.tolist()
             assert found["opaque"] == expected.opaque
             for track, reference in zip(found["tracks"], expected.tracks, strict=True):
-                _assert_same_track(track, reference)
+                _assert_same_track(track, reference, exact=not found["coding"])
+                if found["coding"]:
+                    _assert_same_integers(file, archive, reference)
+    return file
 
 
-def _assert_same_track(track: dict[str, Any], reference: Any) -> None:
+def _assert_same_track(track: dict[str, Any], reference: Any, exact: bool) -> None:
     for key in ("cache", "stream", "attributes"):
         assert track[key] == getattr(reference, key)
     assert [(layer, "kv"[role], *rest) for layer, role, *rest in track["tensors"]] == [
@@ -67,8 +78,44 @@ def _assert_same_track(track: dict[str, Any], reference: Any) -> None:
     assert np.array_equal(np.reshape(track["columns"], (-1, len(cells))), cells.ext.T)
     rows = reference.read(0, len(cells))
     assert len(rows) == len(track["rows"]) > 0
+    if not exact:
+        types = [tensor.dtype.name for tensor in reference.tensors]
+        _assert_near(track["rows"], rows, types)
+        return
     for mine, theirs in zip(track["rows"], rows, strict=True):
         assert mine.tobytes() == theirs.tobytes()
+
+
+def _assert_near(mine: Any, theirs: Any, types: list[str]) -> None:
+    """Within the tolerance of book-transform.md: 2^-15 of the frame's largest and one place."""
+    a, b = (
+        np.concatenate([_values(*pair) for pair in zip(rows, types, strict=True)], axis=1)
+        for rows in (mine, theirs)
+    )
+    largest = np.abs(a).max(axis=1, keepdims=True)
+    bits = 8 if types[0] == "bf16" else 11
+    place = 2.0 ** (np.frexp(np.maximum(np.abs(a), np.abs(b)))[1] - bits)
+    assert (np.abs(a - b) <= largest * 2.0**-15 + place).all()
+    # What the page says was measured.
+    assert (np.abs(a - b) <= largest * 2.0**-21 + place).all()
+    assert (a != b).sum() <= 2 + 0.005 * a.size
+
+
+def _values(rows: np.ndarray, type_: str) -> np.ndarray:
+    rows = np.ascontiguousarray(rows)
+    if type_ == "bf16":
+        return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(float)
+    return rows.view({"f16": "<f2", "f32": "<f4"}[type_]).astype(float)
+
+
+def _assert_same_integers(file: Any, archive: Archive, reference: Any) -> None:
+    for number in {run.block for run in reference.runs}:
+        (chunk,) = archive.container.blocks[number].chunks
+        where, payload = archive.chunk_payload(number, chunk)
+        steps, coefficients = reference.codec().coefficients(payload, where)
+        log_steps, integers = file.decoded[number]
+        assert np.array_equal(steps[:, 0], np.float32(2.0 ** (log_steps / 256)))
+        assert np.array_equal(coefficients, integers.astype(np.float32) * steps)
 
 
 # --- the decoder against tscfile --------------------------------------------------------------
@@ -98,6 +145,40 @@ def test_decoder_reads_a_torn_series(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     _assert_same(path)
     assert decoder.File(path.read_bytes()).end == size
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"),
+    [("session.kv", "near"), ("session.kv", "balanced"), ("session-bf16.kv", "compact")],
+)
+def test_decoder_reads_book_tiers(name: str, tier: str, tmp_path: Path) -> None:
+    path = tmp_path / "session.tsc"
+    identity = identity_from_gguf(MODEL)
+    tscfile.pack(SAMPLES / name, path, book=BOOK, tier=tier, identity=identity)
+    file = _assert_same(path, BOOK)
+    assert file.snapshots[0]["coding"]["book"] == file.book.id
+    assert (file.snapshots[0]["coding"]["log_step"],) == file.book.tiers[tier][:1]
+
+
+def test_decoder_reads_a_series_of_a_book_tier(tmp_path: Path) -> None:
+    """Frames that later snapshots share, with the tokens of each."""
+    path = tmp_path / "series.tsc"
+    first, *later = sorted((SAMPLES / "series").glob("*.kv"))[:3]
+    tscfile.pack(first, path, book=BOOK, identity=identity_from_gguf(MODEL, weights=False))
+    for source in later:
+        tscfile.append(source, path, book=BOOK)
+    _assert_same(path, BOOK)
+
+
+def test_decoder_asks_for_the_right_book(tmp_path: Path) -> None:
+    data = LOSSY.with_suffix(".tsc").read_bytes()
+    for book in (None, BOOK.read_bytes()):
+        with pytest.raises(decoder.Damaged, match="is needed"):
+            decoder.File(data, book)
+    broken = bytearray(LOSSY.with_suffix(".tscbook").read_bytes())
+    broken[200] ^= 1
+    with pytest.raises(decoder.Damaged, match="hash"):
+        decoder.File(data, bytes(broken))
 
 
 class _MemoryTrack:
@@ -234,7 +315,7 @@ def test_smallest_vector() -> None:
     file = decoder.File(path.read_bytes())
     assert len(path.read_bytes()) == expected["file_bytes"]
     for found, wanted in zip(file.snapshots, expected["snapshots"], strict=True):
-        for key in ("parent", "plan", "tier", "name", "source", "identity"):
+        for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
             assert found[key] == wanted[key], key
         assert found["tokens"].tolist() == wanted["tokens"]
         assert {name: part.hex() for name, part in found["opaque"].items()} == wanted["opaque"]
@@ -243,6 +324,24 @@ def test_smallest_vector() -> None:
             assert track[key].tolist() == wanted_track[name]
         for rows, tensor in zip(track["rows"], wanted_track["tensors"], strict=True):
             assert [row.tobytes().hex() for row in rows] == tensor["rows"]
+
+
+def test_lossy_vector() -> None:
+    expected = json.loads(LOSSY.with_suffix(".json").read_text(encoding="utf-8"))
+    file = _assert_same(LOSSY.with_suffix(".tsc"), LOSSY.with_suffix(".tscbook"))
+    assert len(file.data) == expected["file_bytes"] and file.book.id == expected["book"]
+    for (log_steps, integers), wanted in zip(
+        file.decoded.values(), expected["blocks"], strict=True
+    ):
+        assert log_steps.tolist() == wanted["log_steps"]
+        assert integers.tolist() == wanted["integers"]
+    (found,), (wanted,) = file.snapshots, expected["snapshots"]
+    assert found["coding"] == wanted["coding"] and found["tokens"].tolist() == wanted["tokens"]
+    rows = [
+        np.frombuffer(bytes.fromhex("".join(tensor["rows"])), np.uint8).reshape(6, 8)
+        for tensor in wanted["tracks"][0]["tensors"]
+    ]
+    _assert_near(found["tracks"][0]["rows"], rows, ["f16", "f16"])
 
 
 def test_worked_example_is_the_vector() -> None:
@@ -268,6 +367,69 @@ def test_checksums_of_worked_example() -> None:
         elif number := re.search(r"\((\d+) as u64\)", more):
             hashed += int(number[1]).to_bytes(8, "little")
         assert f"{decoder.checksum(hashed):016x}".endswith(value)
+
+
+def _page(name: str) -> str:
+    text = (SPEC / name).read_text(encoding="utf-8")
+    return text[text.index("Example\n") :].replace("−", "-")
+
+
+def _lossy_body() -> bytes:
+    """The only chunk's body in the vector."""
+    data = LOSSY.with_suffix(".tsc").read_bytes()
+    file = decoder.File(data, LOSSY.with_suffix(".tscbook").read_bytes())
+    cursor = decoder.Cursor(file.payload(file.blocks[0]["chunks"][0]["ref"], decoder.CHUNK)[0])
+    cursor.take(5)
+    cursor.several(cursor.uvarint)
+    return cursor.take(len(cursor.data) - cursor.at)
+
+
+def test_segments_example() -> None:
+    example = _page("codecs/segments.md")
+    shown = re.findall(r"^\| `([0-9a-f ]+)` \|", example, re.M)
+    assert bytes.fromhex("".join(shown)) == _lossy_body()
+    found = re.findall(r"^\| \d \| (-?\d+) \| ([-\d ]+) \|$", example, re.M)
+    book = decoder.Book(LOSSY.with_suffix(".tscbook").read_bytes())
+    log_steps, integers = decoder.decode_segments(decoder.Cursor(_lossy_body()), 6, book)
+    assert [int(step) for step, _ in found] == log_steps.tolist()
+    assert [[int(v) for v in row.split()] for _, row in found] == integers.tolist()
+    traced = re.findall(r"^\| \d \| (\d+) \| \d+ \| (\d+):? ?\S* ?\S* \| (\d+) \| (\d+) \|",
+                        example, re.M)  # fmt: skip
+    for k, symbol, f, first in [[int(v) for v in row] for row in traced]:
+        row = book.arrays["frequencies"][k].tolist()
+        assert (row[symbol], sum(row[:symbol])) == (f, first)
+    assert len(traced) == 4
+
+
+def test_book_transform_example() -> None:
+    example = _page("codecs/book-transform.md")
+    expected = json.loads(LOSSY.with_suffix(".json").read_text(encoding="utf-8"))
+    for tensor in expected["snapshots"][0]["tracks"][0]["tensors"]:
+        row = tensor["rows"][4]
+        assert " ".join(f"`{row[i : i + 4]}`" for i in range(0, 16, 4)) in example
+    book = decoder.Book(LOSSY.with_suffix(".tscbook").read_bytes())
+    tokens = np.array([0, 1, 2, 1, 0, 2])
+    y = book.predict(tokens, np.array([4]))[0]
+    shown = dict(re.findall(r"^\| `([yx])` \| (.*) \|$", example, re.M))
+    for name, values in (("y", y), ("x", y + np.array([5, -1, 0]) @ book.basis)):
+        assert [float(v) for v in shown[name].replace("|", "").split()] == values.tolist()
+
+
+def test_book_example() -> None:
+    """The table shows the bytes of the file in order; one long field is cut."""
+    data = LOSSY.with_suffix(".tscbook").read_bytes()
+    at = 0
+    for offset, first, last in re.findall(
+        r"^\| (\d+) \| ([0-9a-f ]+)(?: … ([0-9a-f ]+))? \|", _page("book.md"), re.M
+    ):
+        assert int(offset) == at
+        start, stop = bytes.fromhex(first), bytes.fromhex(last)
+        if last:
+            at = data.index(stop, at)
+        assert data[int(offset) :].startswith(start)
+        at += len(stop or start)
+    assert at == len(data)
+    assert f"{len(data)} bytes" in _page("book.md")
 
 
 def test_classed_rans_example() -> None:
@@ -376,9 +538,37 @@ def test_registry_tiers_and_plans() -> None:
     assert {row[0]: (row[1] == "yes", int(row[2])) for row in _table("Tiers")} == {
         tier.name: (tier.exact, tier.codec) for tier in TIERS.values()
     }
+    assert {row[0]: float(row[3]) for row in _table("Tiers")} == {"lossless": 0} | TARGETS
     assert [row[0] for row in _table("Plans")] == [
         temporal.KEYFRAME, temporal.APPEND, temporal.TRUNCATE_APPEND
     ]  # fmt: skip
+
+
+def test_registry_books() -> None:
+    assert {row[0] for row in _table("Book arrays")} == set(books._DTYPES)
+    said = {name: pairing for pairing, names in _table("Rotary pairing")
+            for name in names.split(", ")}  # fmt: skip
+    assert said == ROPE_PAIRING
+    assert said == {
+        name: pairing for pairing, names in decoder.PAIRINGS.items() for name in names.split()
+    }
+
+
+def test_constants_of_book_tiers() -> None:
+    text = (SPEC / "codecs" / "segments.md").read_text(encoding="utf-8")
+    assert f"log_step + {-ladder.LOWEST}`" in text
+    width = ladder.UNITS_PER_OCTAVE // ladder.CLASSES_PER_OCTAVE
+    assert f"`min(u div {width}, {ladder.N_CLASSES - 1})`" in text
+    assert f"divides the bytes that took by {segments._BYTES_PER_LANE}" in text
+    assert f"| {ladder.ESCAPE} | *escape*" in text and f"to {ladder.LARGEST} |" in text
+    text = (SPEC / "codecs" / "book-transform.md").read_text(encoding="utf-8")
+    assert f"less {lossy._finer()} " in text and f"positions 0 to {lossy.N_SINKS - 1} " in text
+    assert f"error² + {uniform.LAMBDA} · bits" in text
+    text = (SPEC / "book.md").read_text(encoding="utf-8")
+    assert f"`{books.MAGIC.hex(' ')}`" in text and f"| uvarint | {books.VERSION}. " in text
+    names = re.findall(r"^\| `(\w+)` \| (\w\d) \|", text, re.M)
+    arrays = books.load(BOOK).book.arrays
+    assert dict(names) == {name: f"{a.dtype.kind}{a.dtype.itemsize}" for name, a in arrays.items()}
 
 
 def test_limits_are_those_of_the_code() -> None:
@@ -390,6 +580,10 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"`{records.Trailer.MAGIC.hex(' ')}`" in text
     assert f"multiple of {records.PAYLOAD_ALIGNMENT}" in text
     assert f"payload of {records.ALIGNED_FROM} bytes or more" in text
+    assert reader._SLACK_BYTES == 1 << 25 and "2 × file size + 2^25 bytes" in text
+    said = {int(n) for n in re.findall(r"(\d+) an? (?!ints)[a-z]", text)}
+    counted = {value for name, value in vars(records).items() if name.endswith("_MEMORY")}
+    assert counted <= said
 
 
 def test_codec_pages_have_the_same_headings() -> None:
@@ -397,7 +591,7 @@ def test_codec_pages_have_the_same_headings() -> None:
         page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
         for page in (SPEC / "codecs").glob("*.md")
     }
-    assert len(headings) == 4
+    assert len(headings) == 6
     assert len({tuple(found) for found in headings.values()}) == 1, headings
 
 
