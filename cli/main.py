@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import click
@@ -26,7 +28,25 @@ _COMMANDS = {
     "eval": "Measure what lossy caches cost a model.",
 }
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM as an exception, so that what is half done is undone."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _open_streams() -> None:
+    """A command may be run with standard streams closed; they then lead nowhere."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 class _Commands(click.Group):
@@ -58,6 +78,10 @@ def tsc() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tsc``; returns the exit code and prints at most one line for an error."""
+    _open_streams()
+    # What supervisors send is to leave as little behind as Ctrl-C.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         result = tsc.main(arguments, prog_name="tsc", standalone_mode=False)
         sys.stdout.flush()
@@ -67,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message().rstrip('.')}{hint}", 2)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
+    except _Terminated:
+        return _fail("terminated; nothing was changed", TERMINATED)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted; nothing was changed", INTERRUPTED)
     except TscError as error:

@@ -23,16 +23,6 @@ BLOCKS = {  # element type: (elements, bytes, has minimum, bits of a code); tsc.
     8: (32, 34, False, 8), 20: (32, 18, False, 4),
 }  # fmt: skip
 FLOATS = {0: 4, 1: 2, 30: 2}
-PAIRINGS = {  # registry.md, rotary pairing
-    "norm": """arcee arctic baichuan bailingmoe chameleon chatglm command-r cohere2 deci deepseek
-        deepseek2 ernie4_5 ernie4_5-moe granite granitehybrid granitemoe internlm2 llada llama
-        llama4 minicpm neo-bert olmo plm smollm3 starcoder xverse""",
-    "neox": """apertus bailingmoe2 bitnet codeshell dbrx dots1 dream exaone exaone4 falcon falcon-h1
-        gemma gemma2 gemma3 gemma3n glm4moe gpt-oss gptneox grok grovemoe hunyuan-dense hunyuan-moe
-        lfm2 lfm2moe llada-moe minicpm3 nemotron olmo2 olmoe openelm orion phi2 phi3 phimoe plamo
-        plamo2 qwen qwen2 qwen2moe qwen3 qwen3moe qwen3next seed_oss smallthinker stablelm
-        starcoder2""",
-}
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 10, 11, 12), "BbHhIifQqd", strict=True))
 
 
@@ -352,16 +342,6 @@ def as_rows(values, type_):
     return np.ascontiguousarray(stored).view(np.uint8)
 
 
-def pairing_of(identity):
-    """Which channels of a key head the rows turn together: "norm" or "neox"."""
-    if "rope_pairing" in identity:
-        return identity["rope_pairing"]
-    for pairing, architectures in PAIRINGS.items():
-        if identity.get("architecture") in architectures.split():
-            return pairing
-    raise Damaged("how the keys are turned is not known")
-
-
 # --- container --------------------------------------------------------------------------------
 
 
@@ -486,7 +466,8 @@ class File:
         need([*firsts, len(tensors)] == [0, *np.cumsum(counts).tolist()], "tensors of a block")
         if any(chunk["said"][0] == 2 for chunk in chunks):
             log_steps, values = self.integers(number, snapshot, tensors)
-            pairing = pairing_of(snapshot["identity"])
+            pairing = snapshot["coding"]["rope_pairing"]
+            need(pairing in ("norm", "neox"), "pairing of the keys")
             return self.book.rows(
                 log_steps[span], values[span], tensors, snapshot["tokens"], pos, pairing
             )

@@ -213,12 +213,13 @@ def test_link_is_not_written_through(session: Path, tmp_path: Path, capfd: Captu
 def test_missing_files(archive: Path, session: Path, tmp_path: Path, capfd: Capture) -> None:
     none = tmp_path / "none"
     for arguments in (
-        ["pack", none, "-o", tmp_path / "x"], ["pack", tmp_path, "-o", tmp_path / "x"],
+        ["pack", none, "-o", tmp_path / "x"],
         ["append", archive, none], ["append", none, session], ["unpack", none], ["info", none],
         ["verify", none],
     ):  # fmt: skip
         fails(capfd, 1, *arguments)
     fails(capfd, 2, "append", tmp_path, session)
+    fails(capfd, 2, "pack", tmp_path, "-o", tmp_path / "x")
 
 
 def test_damaged_files(archive: Path, session: Path, tmp_path: Path, capfd: Capture) -> None:
@@ -475,3 +476,44 @@ def test_quick_commands_import_little(archive: Path) -> None:
     torch_free = HEAVY - {"numba"}
     reading = f"import tscfile\ntscfile.open({str(archive)!r}).read()"
     assert not modules_after(reading) & torch_free
+
+
+# What people and supervisors do -----------------------------------------------------------------
+
+
+def test_terminated_pack_leaves_nothing(large: Path, tmp_path: Path) -> None:
+    running = process("pack", large, "-o", tmp_path / "x.tsc")
+    deadline = time.monotonic() + 30
+    while not grown(tmp_path, ".tmp", 1 << 20):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert err.splitlines() == [b"tsc: terminated; nothing was changed"]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(archive: Path, tmp_path: Path, closed: str) -> None:
+    command = " ".join(map(str, (*TSC, "unpack", archive, "-o", tmp_path / "back.kv")))
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (tmp_path / "back.kv").read_bytes() == archive.with_suffix(".kv").read_bytes()
+    done = subprocess.run(
+        ["sh", "-c", f"{' '.join(TSC)} info {archive} {closed}"], capture_output=True, check=False
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("source", [".", ""])
+def test_a_folder_is_no_session(source: str, capfd: Capture) -> None:
+    assert "is a directory" in fails(capfd, 2, "pack", source)
+
+
+def test_eval_looks_at_its_outputs_first(tmp_path: Path, capfd: Capture) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a")
+    start = ("eval", "--model", tmp_path / "none.gguf", "--text", text)
+    assert "plot is a .png" in fails(capfd, 2, *start, "--plot", tmp_path / "p.txt")
+    assert "does not exist" in fails(capfd, 2, *start, "--json", tmp_path / "none" / "x.json")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+import tscfile
 from tscfile.dtypes import DTYPES
 from tscfile.errors import (
     DamagedError,
@@ -150,6 +151,23 @@ def test_resume_in_a_fresh_process(
     assert got == expected
     assert (n_reused, n_computed) == (len(tokens) - 1, 1 + N_PREDICT - 1)
     assert logits == in_fresh_process(ENGINE_ALONE, own, MODEL, kind, type_k, type_v, flash)
+
+
+@pytest.mark.parametrize(("kind", "flash"), [("session", False), ("sequence", True)])
+def test_resume_through_an_archive(
+    model: Model, tokens: list[int], tmp_path: Path, kind: str, flash: bool
+) -> None:
+    """Save, pack, unpack, load in a fresh process: nothing is lost on the way."""
+    own, packed, back = (tmp_path / name for name in ("own.kv", "own.tsc", "back.kv"))
+    expected = save(model, own, tokens, flash=flash, kind=kind)
+    tscfile.pack(own, packed, identity=identity_from_gguf(MODEL))
+    tscfile.unpack(packed, back)
+    assert back.read_bytes() == own.read_bytes()
+    got, n_reused, n_computed, logits = in_fresh_process(OURS, back, MODEL)
+    assert got == expected and n_reused == len(tokens) - 1
+    assert logits == in_fresh_process(ENGINE_ALONE, own, MODEL, kind, "f16", "f16", flash)
+    with tscfile.open(packed) as archive:
+        assert resume(archive.snapshot(), MODEL, "", N_PREDICT).tokens == expected
 
 
 @pytest.mark.parametrize("flash", [False, True])

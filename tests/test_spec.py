@@ -549,9 +549,6 @@ def test_registry_books() -> None:
     said = {name: pairing for pairing, names in _table("Rotary pairing")
             for name in names.split(", ")}  # fmt: skip
     assert said == ROPE_PAIRING
-    assert said == {
-        name: pairing for pairing, names in decoder.PAIRINGS.items() for name in names.split()
-    }
 
 
 def test_constants_of_book_tiers() -> None:

@@ -69,14 +69,16 @@ _HOMES = {
 }
 
 
-def open(path: str | os.PathLike[str]) -> Archive:
+def open(
+    path: str | os.PathLike[str], *, book: str | os.PathLike[str] | None = None
+) -> Archive:
     """Open an archive for reading; see `tscfile.archive.Archive`.
 
     Raises `DamagedError` or `UnsupportedError` if it is no archive this build can read.
     """
     from .archive import Archive
 
-    return Archive(path)
+    return Archive(path, book=book)
 
 
 def __getattr__(name: str) -> Any:

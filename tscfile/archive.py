@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, pipeline, registry, workers
-from .bytestream import Allowance
+from .bytestream import Allowance, ByteReader
 from .container.reader import Container
 from .container.records import (
     CHUNK,
@@ -19,6 +19,7 @@ from .container.records import (
     SNAPSHOT,
     BlockEntry,
     ChunkEntry,
+    ChunkHeader,
     FrameRun,
     Header,
     OpaqueEntry,
@@ -108,13 +109,26 @@ class ArchivedTrack:
         if chunk.codec != registry.BOOK_TRANSFORM:
             rows = self._archive.decode(run.block, chunk, self.tensors)
             return [part[run.first : run.first + run.count] for part in rows]
-        where, payload = self._archive.chunk_payload(run.block, chunk)
+        where, payload = self._lossy_payload(run.block, chunk)
         context = self.context(cell, cell + run.count)
         return self.codec().decode(payload, self.tensors, run.first, context, where)
+
+    def _lossy_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
+        """A book-coded chunk that fits index, snapshot and book."""
+        where, payload = self._archive.chunk_payload(number, chunk)
+        header = ChunkHeader.read(ByteReader(payload, where))
+        self._archive.check_header(number, chunk, header, self.tensors, where)
+        self.codec().check(self.tensors, where)
+        return where, payload
 
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""
         return self._archive.book_codec(self._owner)
+
+    def find_book(self) -> None:
+        """Find the book that the track's blocks need, if they do; raises as `codec` does."""
+        if not all(is_exact(self._archive.block(run)) for run in self.runs):
+            self.codec()
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -146,7 +160,7 @@ class ArchivedTrack:
             self._archive.check_content(number, [part for rows in decoded for part in rows])
             return
         for chunk in entry.chunks:
-            where, payload = self._archive.chunk_payload(number, chunk)
+            where, payload = self._lossy_payload(number, chunk)
             if blocks.opaque_id(payload) != entry.content_id:
                 raise DamagedError(f"{where}: is not what was packed; damaged")
             self.codec().coefficients(payload, where)
@@ -213,6 +227,28 @@ class Archive:
         """How many snapshots there are."""
         return len(self._container.snapshots)
 
+    def __iter__(self) -> Iterator[Snapshot]:
+        """The snapshots, oldest first."""
+        return (self.snapshot(number) for number in range(len(self)))
+
+    def blocks(self, snapshot: int = -1) -> Iterator[tuple[ArchivedTrack, int, int]]:
+        """Frames of a snapshot as they are stored: the track, and where each run of frames that
+        decodes on its own starts and stops in it; ``track.read(start, stop)`` decodes one.
+
+        >>> import tempfile, tscfile
+        >>> path = tempfile.mkdtemp() + "/session.tsc"
+        >>> report = tscfile.pack("samples/session.kv", path)
+        >>> with tscfile.open(path) as archive:
+        ...     [(start, stop) for track, start, stop in archive.blocks()]
+        [(0, 256), (256, 400)]
+        """
+        record = self.record(snapshot)
+        for part in record.tracks:
+            track, at = ArchivedTrack(self, part, record), 0
+            for run in part.runs:
+                yield track, at, at + run.count
+                at += run.count
+
     @property
     def container(self) -> Container:
         return self._container
@@ -273,6 +309,10 @@ class Archive:
         (10, 128)
         """
         record = self.record(snapshot)
+        there = {tensor.layer for track in record.tracks for tensor in track.tensors}
+        if layers is not None and not set(layers) <= there:
+            missing = sorted(set(layers) - there)
+            raise UsageError(f"{self.path}: no layers {missing}; there are 0 to {len(there) - 1}")
         if frames and not 0 <= frames[0] <= frames[1]:
             raise UsageError(f"frames {frames[0]} to {frames[1]}: give a start and a later stop")
         result = []
@@ -301,6 +341,14 @@ class Archive:
         """Rows of one chunk of block ``number``, checked against the index and ``tensors``."""
         where, payload = self.chunk_payload(number, chunk)
         header, rows = pipeline.decode_chunk(payload, where, self._max_chunk)
+        self.check_header(number, chunk, header, tensors, where)
+        return rows
+
+    def check_header(
+        self, number: int, chunk: ChunkEntry, header: ChunkHeader, tensors: Sequence[TensorSpec],
+        where: str,
+    ) -> None:  # fmt: skip
+        """`DamagedError` unless a chunk is the one that index and snapshot speak of."""
         expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
         if (
             header.n_frames != self._container.blocks[number].n_frames
@@ -310,7 +358,6 @@ class Archive:
             or any(tensor.dtype.ggml_id != header.dtype_id for tensor in expected)
         ):
             raise DamagedError(f"{where}: is not what index and snapshot say; damaged")
-        return rows
 
     def chunk_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
         """Where a chunk of block ``number`` is, for messages, and its verified payload."""
@@ -329,8 +376,10 @@ class Archive:
 
             if wanted not in self._books:
                 self._books[wanted] = find(wanted, self._given_book, self.path)
-            identity = ModelIdentity(record.identity)
-            self._codecs[key] = BookCodec(self._books[wanted], identity, self.path)
+            facts = dict(record.identity)
+            if "rope_pairing" in record.coding:
+                facts["rope_pairing"] = record.coding["rope_pairing"]
+            self._codecs[key] = BookCodec(self._books[wanted], ModelIdentity(facts), self.path)
         return self._codecs[key]
 
     def check_content(self, number: int, rows: Sequence[Rows]) -> None:
@@ -391,7 +440,7 @@ class Archive:
             if (chunk.first_tensor, chunk.raw_length) != (next_tensor, raw_length):
                 break
             next_tensor += chunk.n_tensors
-        if next_tensor != len(track.tensors):
+        if next_tensor != len(track.tensors) or (len(block.chunks) > 1 and not is_exact(block)):
             raise DamagedError(f"{where}: a block does not hold the tensors of its track; damaged")
 
     def _opaque(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:

@@ -84,7 +84,10 @@ def _allocate(fd: int, size: int) -> None:
             raise
         zeros = bytes(1 << 20)
         for at in range(0, size, len(zeros)):
-            os.pwrite(fd, zeros[: size - at], at)
+            part = memoryview(zeros)[: size - at]
+            while part:
+                written = os.pwrite(fd, part, at)
+                part, at = part[written:], at + written
 
 
 _CANNOT_ALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}

@@ -72,6 +72,10 @@ class BookCodec:
         frames = channels.to_frames(
             rows, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
         )
+        if not np.isfinite(frames).all():
+            raise UnsupportedError(
+                "keys or values are not finite, which a lossy tier cannot keep; use --tier lossless"
+            )
         coefficients = (frames - self.book.predict(context.history)) @ self.book.analysis
         writer = ByteWriter()
         steps = np.where(context.pos < N_SINKS, log_step - _finer(), log_step)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .dtypes import DType
 
 BLOCK_FRAMES = 256
-"""Frames of a sealed block, unless told otherwise (DESIGN section 2)."""
+"""Frames of a sealed block, unless told otherwise."""
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,10 @@ def _coder(
         known = ", ".join(codec.book.tiers) or "none"
         raise UsageError(f"the book has no step for tier {tier.name}; it has {known}")
     entry = codec.book.tiers[tier.name]
-    facts = {"book": codec.id, "log_step": entry.log_step, "expected_kl": entry.kl}
+    facts = {
+        "book": codec.id, "log_step": entry.log_step, "expected_kl": entry.kl,
+        "rope_pairing": codec.pairing,
+    }  # fmt: skip
     return _Coder(codec, entry.log_step, facts)
 
 

@@ -55,6 +55,10 @@ def verify(
         report.n_blocks = len(archive.container.blocks)
         tracks = _check_snapshots(archive, report)
         if not quick:
+            # A book that is not at hand is no damage of the file: found out before the blocks.
+            for track in tracks.values():
+                track.find_book()
+        if not quick:
             _check_records(archive, report)
             _check_blocks(archive, tracks, report, progress)
         return report

@@ -38,8 +38,6 @@ def train(
     force: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Learn a book for a model from text (needs the extra hf; minutes for a small model)."""
-    import os
-
     from tscfile import files
     from tscfile.books.train import TrainOptions
     from tscfile.books.train import train as learn
@@ -53,7 +51,8 @@ def train(
             options = TrainOptions(metric=metric, n_windows=windows, seed=seed)
             book = learn(Engine(model), calibration, options, tell)
         data = book.to_bytes()
-        os.pwrite(fd, data, 0)
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
     tiers = ", ".join(f"{t.name} {t.ratio:.0f}x at KL {t.kl:.4f}" for t in book.tiers.values())
     say(f"{output}: {size(len(data))}; {tiers}", quiet)
 

@@ -75,6 +75,8 @@ def command(
     for path in (json_path, plot_path):
         _check_free(path, force)
     if plot_path is not None:
+        if plot_path.suffix not in (".png", ".svg", ".pdf"):
+            raise click.UsageError(f"{plot_path}: a plot is a .png, .svg or .pdf file")
         _check_plot()
     held_out = read_text(text)
     say(f"loading {model}", quiet)
@@ -102,6 +104,8 @@ def _check_free(path: Path | None, force: bool) -> None:
     """Minutes of work should not end at a file that is in the way."""
     if path is not None and str(path) != STDIO and path.exists() and not force:
         raise click.UsageError(f"{path} exists; -f replaces it")
+    if path is not None and str(path) != STDIO and not path.absolute().parent.is_dir():
+        raise click.UsageError(f"{path}: the folder {path.parent} does not exist")
 
 
 def _check_plot() -> None:

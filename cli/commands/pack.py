@@ -52,6 +52,8 @@ def command(
     from tscfile.packing import pack
     from tscfile.sources import identity_for, open_source
 
+    if source.is_dir():
+        raise click.UsageError(f"{source or '.'} is a directory; name a saved state")
     if output is None:
         output = Path(STDIO) if str(source) == STDIO else source.with_suffix(".tsc")
     check_apart(source, output)

@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
+from tscfile_kernels.ops import PROBABILITY_BITS
 
 from ..bytestream import ByteReader, ByteWriter
 from ..container.records import read_metadata, write_metadata
-from ..entropy import zstd
-from ..errors import DamagedError, UnsupportedError, UsageError
-from ..transforms.rope import Rope
+from ..entropy import ladder, zstd
+from ..errors import DamagedError, TscError, UnsupportedError, UsageError
+from ..transforms.rope import HALVES, Rope
 
 MAGIC = b"\x89TSCBOOK\r\n\x1a\n"
 VERSION = 1
@@ -39,11 +40,14 @@ SUFFIX = ".tscbook"
 
 _DTYPES = {"f4": "<f4", "i1": "<i1", "i2": "<i2", "u2": "<u2", "i4": "<i4", "f2": "<f2"}
 _MAX_ELEMENTS = 1 << 31
+_MAX_HISTORY = 64
+_MAX_LOG_STEP = 1 << 14
 
 
 @dataclass(frozen=True)
 class TierEntry:
-    """A tier as it was measured: ``log_step`` in 1/256 octaves, KL and ratio at ``n_frames``."""
+    """A tier and what was measured of it, on text that the book did not learn from: ``log_step`` in
+    1/256 octaves, mean KL in nats, and the ratio of whole archives."""
 
     name: str
     log_step: int
@@ -59,8 +63,8 @@ class Book:
     ``mean`` f32 [C] · ``token_vectors`` i8 [V, D] with ``token_scales`` f32 [V] ·
     ``predictor`` i8 [H*D, C] with ``predictor_scales`` f32 [C] · ``basis`` i8 [R, C] with
     ``basis_scales`` f32 [R] · ``metric`` f2 [n_blocks, c, c], block-diagonal, tensor after tensor ·
-    ``log_sigmas`` i2 [R], 1/256 octaves · ``frequencies`` u2 [K, S] · ``token_ranks`` i4 [V] ·
-    ``rank_frequencies`` u2 [1, 256].
+    ``log_sigmas`` i2 [R], 1/256 octaves · ``frequencies`` u2 [K, S] · ``inv_freq`` f4, half the
+    rotated channels of a head. Arrays of other names are ignored.
     """
 
     facts: dict[str, Any]
@@ -175,7 +179,48 @@ class Book:
             name, array = _read_array(reader)
             arrays[name] = array
         reader.end()
+        _check(facts, arrays, tiers, where)
         return cls(facts, arrays, tiers)
+
+
+_SHAPES = {
+    "mean": ("f4", "C"), "token_vectors": ("i1", "VD"), "token_scales": ("f4", "V"),
+    "predictor": ("i1", "PC"), "predictor_scales": ("f4", "C"), "basis": ("i1", "RC"),
+    "basis_scales": ("f4", "R"), "metric": ("f2", "Ncc"), "log_sigmas": ("i2", "R"),
+    "frequencies": ("u2", "KS"), "inv_freq": ("f4", "r"),
+}  # fmt: skip
+_FACTS = {
+    "book.history": int, "book.head_dim": int, "book.rope_scale": float, "book.rope_pairing": str
+}  # fmt: skip
+
+
+def _check(
+    facts: dict[str, Any], arrays: dict[str, NDArray[Any]], tiers: dict[str, TierEntry], where: str
+) -> None:
+    """`DamagedError` unless everything a decoder uses is there and fits together."""
+    sizes = {"K": ladder.N_CLASSES, "S": ladder.N_SYMBOLS}
+    for name, (code, axes) in _SHAPES.items():
+        array = arrays.get(name)
+        fits = array is not None and array.dtype == _DTYPES[code] and array.ndim == len(axes)
+        if not fits or any(sizes.setdefault(a, n) != n for a, n in zip(axes, array.shape)):  # type: ignore[union-attr] # noqa: B905
+            raise DamagedError(f"{where}: the book's array {name!r} is missing or does not fit")
+    for key, kind in _FACTS.items():
+        if not isinstance(facts.get(key), kind):
+            raise DamagedError(f"{where}: the book does not say {key!r}")
+    if facts["book.rope_pairing"] != HALVES:
+        raise UnsupportedError(f"{where}: a book of keys paired in another way than by halves")
+    whole = sizes["N"] * sizes["c"] == sizes["C"] and 0 < 2 * sizes["r"] <= facts["book.head_dim"]
+    sums = arrays["frequencies"].sum(axis=1, dtype=np.uint32)
+    if (
+        not whole
+        or sizes["P"] != facts["book.history"] * sizes["D"]
+        or not 1 <= facts["book.history"] <= _MAX_HISTORY
+        or sizes["C"] % (2 * facts["book.head_dim"])
+        or (sums != 1 << PROBABILITY_BITS).any()
+        or not arrays["frequencies"].all()
+        or any(abs(tier.log_step) > _MAX_LOG_STEP for tier in tiers.values())
+    ):
+        raise DamagedError(f"{where}: the book's arrays contradict each other; damaged")
 
 
 def _read_array(reader: ByteReader) -> tuple[str, NDArray[Any]]:
@@ -229,10 +274,16 @@ def find(wanted: str, given: str | os.PathLike[str] | None, beside: str) -> Open
             )
         return opened
     folders = [Path(beside).parent, *map(Path, filter(None, _book_path().split(os.pathsep)))]
+    damaged: TscError | None = None
     for folder in folders:
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             if _tail(path) == wanted:
-                return load(path)
+                try:
+                    return load(path)
+                except TscError as error:
+                    damaged = error
+    if damaged is not None:
+        raise damaged
     raise UsageError(
         f"{beside}: needs book {wanted[:16]}…; give it with --book, or put it beside the archive"
     )

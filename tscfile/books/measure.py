@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -13,10 +16,11 @@ from ..history import context_of
 from ..lossy import BookCodec
 from ..model import ModelIdentity, TensorSpec
 from ..quality.arrays import CacheShape, KVArrays, heads, rows
+from ..quality.codec import TierCodec
 from ..quality.engine import Engine
 from ..quality.protocol import CodecResult, Plan, evaluate
 from ..quality.windows import Text
-from .book import Book, OpenBook, TierEntry
+from .book import SUFFIX, Book, OpenBook, TierEntry
 
 TARGETS = {"near": 0.001, "balanced": 0.01, "compact": 0.05}
 """Mean KL in nats that each tier stays under, on the text it is measured on."""
@@ -67,7 +71,10 @@ def measure_tiers(
     engine: Engine, book: Book, text: Text, *, n_windows: int, frames: int,
     progress: Callable[[str], None] = lambda words: None,
 ) -> dict[str, TierEntry]:  # fmt: skip
-    """The coarsest step found for each of `TARGETS`, with the KL and ratio measured there."""
+    """The coarsest step found for each of `TARGETS`, with KL and ratio of real archives there.
+
+    ``text``: documents that the book has not learnt from.
+    """
     plan = Plan(frames=(frames,), n_windows=n_windows)
     tiers = {}
     log_step = int(np.median(book.log_sigmas))
@@ -85,8 +92,16 @@ def measure_tiers(
             octaves = math.log2(aim * (1 - _CLOSE / 2) / max(kl, 1e-9)) / _STEPS_PER_KL
             log_step += round(UNITS_PER_OCTAVE * max(-4.0, min(4.0, octaves)))
         if best is not None:
-            kl, ratio = best[1].continuation.kl_mean, best[1].snapshot_ratio
-            tiers[name] = TierEntry(name, best[0], kl, ratio)
+            tiers[name] = TierEntry(name, best[0], best[1].continuation.kl_mean, 0.0)
+    progress("measuring archives")
+    with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
+        path = Path(folder) / f"measured{SUFFIX}"
+        path.write_bytes(Book(book.facts, book.arrays, tiers).to_bytes())
+        codecs = [TierCodec(name, path) for name in tiers]
+        for result in evaluate(engine, text, codecs, plan).results if codecs else ():
+            tiers[result.codec] = replace(
+                tiers[result.codec], kl=result.continuation.kl_mean, ratio=result.snapshot_ratio
+            )
     return tiers
 
 

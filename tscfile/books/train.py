@@ -7,13 +7,14 @@
 2. *Moments* of frames and of the token vectors before them, in one pass; from these the linear
    predictor, the covariance of what it leaves, and its eigenvectors in the metric.
 3. *Distributions* of quantized coefficients at several steps, pooled by class (`ladder`).
-4. *Tiers*: the step that meets each quality target, found by the continuation protocol.
+4. *Tiers*: the step that meets each quality target, found by the continuation protocol on
+   documents that the first three did not see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ METRICS = ("fisher", "plain")
 MAX_CHANNELS = 16384
 """Channels of a frame that one transform takes; larger models need layer groups."""
 
+_HOLD_BACK = 8
 _FLOOR = 1e-3
 _NARROWEST = 0.04
 
@@ -70,7 +72,8 @@ def train(
     """
     if options.metric not in METRICS:
         raise UsageError(f"metric {options.metric!r} is unknown; known are {', '.join(METRICS)}")
-    documents = [engine.tokenize(document) for document in text.documents]
+    learnt, held_back = split_text(text)
+    documents = [engine.tokenize(document) for document in learnt.documents]
     windows = choose_windows(documents, options.frames, options.n_windows, options.seed)
     shape = engine.prefill(windows[0].tokens[:8]).shape
     rope, head_dim = _check_shape(shape)
@@ -85,7 +88,6 @@ def train(
     arrays |= {
         "inv_freq": rope.inv_freq.astype(np.float32),
         "frequencies": np.zeros((ladder.N_CLASSES, ladder.N_SYMBOLS), np.uint16),
-        **_token_ranks(documents, len(vectors.values)),
     }
     facts = dict(engine.identity.facts) | {
         "book.history": options.history,
@@ -98,10 +100,19 @@ def train(
     book = Book(facts, arrays)
     book.arrays["frequencies"] = _distributions(engine, book, windows[::8], rope, progress)
     book.tiers = measure_tiers(
-        engine, book, text, n_windows=options.n_measured, frames=options.fisher_frames,
+        engine, book, held_back, n_windows=options.n_measured, frames=options.fisher_frames,
         progress=progress,
     )  # fmt: skip
     return book
+
+
+def split_text(text: Text) -> tuple[Text, Text]:
+    """Documents to learn from, and every eighth to measure on; `UsageError` if there are none."""
+    held_back = text.documents[_HOLD_BACK - 1 :: _HOLD_BACK]
+    learnt = tuple(each for i, each in enumerate(text.documents, 1) if i % _HOLD_BACK)
+    if not held_back:
+        raise UsageError(f"{text.name}: a book needs at least {_HOLD_BACK} documents to learn from")
+    return replace(text, documents=learnt), replace(text, documents=held_back)
 
 
 # --- what the data look like ------------------------------------------------------------------
@@ -327,11 +338,3 @@ def _prior() -> NDArray[np.float64]:
     mass = np.where(sizes == 0, 1 - decay**0.6, decay ** (sizes - 0.4) * (1 - decay) / 2)
     mass[:, ladder.ESCAPE] = decay[:, 0] ** (ladder.LARGEST + 0.6)
     return 20 * mass / mass.sum(axis=1, keepdims=True)
-
-
-def _token_ranks(documents: Sequence[NDArray[np.int32]], n_tokens: int) -> dict[str, Any]:
-    """Ids by falling frequency in the calibration text, int32 ``[V]``."""
-    counts = np.bincount(np.concatenate(list(documents)), minlength=n_tokens)[:n_tokens]
-    return {"token_ranks": np.argsort(-counts, kind="stable").astype(np.int32)}
-
-

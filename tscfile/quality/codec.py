@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from .arrays import CacheShape, KVArrays
@@ -78,9 +77,11 @@ class TierCodec:
         self._options: dict[str, Any] = {"tier": tier}
         if book is not None:
             self._options["book"] = book
-        content = b"" if book is None else book.read_bytes()
-        self.book_bytes = len(content)
-        self.book_blake3 = blake3(content).hexdigest() if content else None
+        from ..books.book import load
+
+        opened = None if book is None else load(book)
+        self.book_bytes = opened.n_bytes if opened else 0
+        self.book_blake3 = opened.id if opened else None
 
     def encode(self, cache: KVArrays) -> bytes:
         from ..packing import pack

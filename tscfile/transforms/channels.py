@@ -30,6 +30,8 @@ def check_floats(tensors: Sequence[TensorSpec]) -> None:
                 f"keys or values of type {tensor.dtype.name} have no lossy tier; "
                 "pack them with --tier lossless"
             )
+        if tensor.rotation:
+            raise UnsupportedError("rotated keys or values have no lossy tier; use --tier lossless")
 
 
 def tensor_order(tensors: Sequence[TensorSpec]) -> list[int]:
