@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = tsc.main(arguments, prog_name="tsc", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         hint = f" (see '{error.ctx.command_path} -h')" if error.ctx else ""
         return _fail(f"{error.format_message().rstrip('.')}{hint}", 2)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from .errors import TscError, UsageError
 
+_LONGEST_PREFIX = 48
+"""Characters of a target's name in that of its temporary file, which must not become too long."""
+
 PRIVATE = 0o600
 """Permissions of what is written: caches hold conversations."""
 
@@ -26,7 +29,8 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[i
     target = Path(path)
     _refuse(target, force)
     try:
-        fd, temporary = tempfile.mkstemp(".tmp", f".{target.name}.", target.parent)
+        prefix = f".{target.name[:_LONGEST_PREFIX]}."
+        fd, temporary = tempfile.mkstemp(".tmp", prefix, target.parent)
     except FileNotFoundError:
         raise UsageError(f"{target}: the folder {target.parent} does not exist") from None
     except OSError as error:

@@ -165,7 +165,7 @@ def _target_rotation(snapshot: Snapshot, spec: TensorSpec, target: DType) -> int
 def _head_size_needed(spec: TensorSpec) -> UsageError:
     return UsageError(
         f"converting {spec.role.upper()} from or to a quantized type needs the head size, which "
-        "state files lack; give the head size or the model file"
+        "state files lack; give the head size (--head-dim), or pack with --model"
     )
 
 

@@ -40,11 +40,14 @@ def unpack(
     out: str | os.PathLike[str],
     *,
     snapshot: int | None = None,
+    book: str | os.PathLike[str] | None = None,
     options: StateOptions = StateOptions(),  # noqa: B008 - frozen
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Write snapshot number ``snapshot`` (the last by default) to ``out``; returns its size.
+
+    ``book``: the book of a lossy snapshot, where it is not beside the archive or in ``TSC_BOOKS``.
 
     Without options ``out`` has the identical bytes of the file that was packed. Raises
     `UsageError` if ``out`` exists and ``force`` is not given; `DamagedError` if what is asked for
@@ -58,7 +61,7 @@ def unpack(
     >>> open(folder + "/session.kv", "rb").read() == open("samples/session.kv", "rb").read()
     True
     """
-    with Archive(path) as archive:
+    with Archive(path, book=book) as archive:
         state = choose_snapshot(archive, snapshot)
         return write_snapshot(state, out, options=options, force=force, progress=progress)
 
@@ -98,6 +101,8 @@ def write_snapshot(
     if container is None and snapshot.source.get("format") == FORMAT:
         container = "safetensors"
     if container in SUFFIXES:
+        if options.llama_version is not None or options.v_trans is not None:
+            raise UsageError(f"a {container} file has no llama.cpp version and no layout of values")
         snapshot = _with_head_size(_retyped(snapshot, options), options.head_dim)
         return write_carrier(snapshot, out, container, force=force, progress=progress)
     snapshot = as_llama_state(snapshot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 
 from ..errors import UsageError
@@ -23,6 +24,8 @@ def open_source(path: str | os.PathLike[str]) -> Snapshot:
     from . import gguf_cache, npz_cache, safetensors_cache
     from .llama_state import open_state
 
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise UsageError(f"{path}: is a pipe, which cannot be mapped; give it as standard input, -")
     with open(path, "rb") as file:
         head, size = file.read(16), os.fstat(file.fileno()).st_size
     if head.startswith(_ARCHIVE):

@@ -436,7 +436,7 @@ def _head_size(facts: Mapping[str, Any], role: str) -> int:
     if not isinstance(size, int) or size < 1:
         raise UsageError(
             "the head size is not known, and a llama.cpp state does not have it; pack with "
-            "--model, or give the model"
+            "--model, or give --head-dim"
         )
     return size
 
