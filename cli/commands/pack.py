@@ -56,8 +56,7 @@ def command(
         raise click.UsageError(f"{source or '.'} is a directory; name a saved state")
     if output is None:
         output = Path(STDIO) if str(source) == STDIO else source.with_suffix(".tsc")
-    if source != output:
-        check_apart(source, output)
+    check_apart(source, output)
     identity = model_identity(model)
     with input_file(source) as path, output_file(output) as target:
         snapshot = open_source(path)
