@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,23 @@ def _reason() -> str:
     return f" (llama.cpp: {_complaints[0]})" if _complaints else ""
 
 
-class Model:
+class _Closing:
+    """Something of llama.cpp's that is freed by `close`, at the latest with its last reference."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Model(_Closing):
     """Weights and vocabulary of one GGUF file. Close it, or use it as a context manager."""
 
     def __init__(self, path: str | os.PathLike[str], *, verbose: bool = False) -> None:
@@ -93,15 +109,6 @@ class Model:
         if not self._model:
             raise TscError(f"{path}: llama.cpp cannot load this model{_reason()}")
         self._vocab = lib.llama_model_get_vocab(self._model)
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the weights. Contexts made from them must be closed before."""
@@ -174,7 +181,7 @@ class Model:
         return bool(self.library.llama_vocab_is_eog(self._vocab, token))
 
 
-class Context:
+class Context(_Closing):
     """One KV cache and the means to run the model on it.
 
     Sequences share one unified cache, so a file always has one stream. Close it before its model,
@@ -223,15 +230,6 @@ class Context:
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise TscError(f"{model.path}: this model keeps no state that could be restored")
-
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the cache."""

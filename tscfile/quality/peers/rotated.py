@@ -13,36 +13,22 @@ from numpy.typing import NDArray
 
 from ...errors import UnsupportedError
 from ...transforms.rotation import rotate
-from ..arrays import CacheShape, KVArrays
-from ..codec import ByteTaker, join
+from ..codec import ByteTaker
 from . import packing
+from .per_array import PerArrayCodec
 
 GROUP = 64
 
 
-class RotatedUniform:
+class RotatedUniform(PerArrayCodec):
     """``key_bits`` and ``value_bits`` 1 to 8; head sizes that are multiples of 64."""
 
     family = "rotated K4V2"
     source = "TSC reports, part IV (Hadamard, symmetric)"
-    book_bytes = 0
 
     def __init__(self, key_bits: int = 4, value_bits: int = 2) -> None:
         self.name = f"rotated-k{key_bits}v{value_bits}"
-        self._bits = {"k": key_bits, "v": value_bits}
-
-    def encode(self, cache: KVArrays) -> bytes:
-        parts: list[NDArray[np.generic]] = []
-        for role, arrays in cache.roles():
-            for each in arrays:
-                parts += self._quantize(each.astype(np.float32), self._bits[role])
-        return join(parts)
-
-    def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
-        taker, n = ByteTaker(data), shape.n_tokens
-        keys = [self._take(taker, "k", one.n_kv_heads, n, one.key_dim) for one in shape.layers]
-        values = [self._take(taker, "v", one.n_kv_heads, n, one.value_dim) for one in shape.layers]
-        return KVArrays(shape, keys, values)
+        super().__init__({"k": key_bits, "v": value_bits})
 
     def _quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
         if x.shape[-1] % GROUP:

@@ -16,42 +16,27 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import CacheShape, KVArrays
-from ..codec import ByteTaker, join
+from ..codec import ByteTaker
 from . import packing
+from .per_array import PerArrayCodec
 
 _SEED = 0
 _LLOYD_STEPS = 2000
 
 
-class TurboQuant:
+class TurboQuant(PerArrayCodec):
     """``key_bits`` and ``value_bits`` 1 to 7."""
 
     source = "arXiv 2504.19874, MSE variant"
-    book_bytes = 0
 
     def __init__(self, key_bits: int, value_bits: int) -> None:
         same = key_bits == value_bits
         suffix = f"{key_bits}" if same else f"k{key_bits}v{value_bits}"
         self.name = f"turboquant-{suffix}"
         self.family = "TurboQuant (stage 1)" if same else "TurboQuant, keys finer"
-        self._bits = {"k": key_bits, "v": value_bits}
+        super().__init__({"k": key_bits, "v": value_bits})
 
-    def encode(self, cache: KVArrays) -> bytes:
-        parts: list[NDArray[np.generic]] = []
-        for role, arrays in cache.roles():
-            for each in arrays:
-                parts += self._quantize(each.astype(np.float32), self._bits[role])
-        return join(parts)
-
-    def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
-        taker, n = ByteTaker(data), shape.n_tokens
-        keys = [self._take(taker, "k", one.n_kv_heads, n, one.key_dim) for one in shape.layers]
-        values = [self._take(taker, "v", one.n_kv_heads, n, one.value_dim) for one in shape.layers]
-        return KVArrays(shape, keys, values)
-
-    @staticmethod
-    def _quantize(x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
+    def _quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
         dim = x.shape[-1]
         norms = np.linalg.norm(x, axis=-1).astype(np.float16)
         unit = x / np.where(norms == 0, 1, norms).astype(np.float32)[..., None]
