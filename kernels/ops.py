@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,43 @@ lane ``i % lanes``. More are faster, and each takes four to eight bytes."""
 LOWER_BOUND = 1 << 16
 """A state stays in ``[LOWER_BOUND, 1 << 32)`` and is renormalised by 16-bit words."""
 
+TOKEN_WEIGHTS = (18, 7, 32)
+"""Sets of weights, inputs of the token-id model, and buckets of each input; 65536 is 1."""
+
+MATCH_LENGTHS = 16
+"""Match lengths that the token-id model tells apart: 0 to 14, and 15 or more."""
+
+MOST_LEAVES = (1 << 20) + 1
+"""A leaf for each token id of a vocabulary, and one for all others."""
+
 BACKENDS = ("cpu", "reference")
 
 
+class TokenTables(NamedTuple):
+    """What the token-id model knows beforehand; tokens are leaves of a binary tree.
+
+    ``cumulative``: int64 ``[L + 1]``, sums of the leaves' weights; ``children``: int32 ``[L, 2]``,
+    see `token_tree`. Leaf ``L - 1`` is the escape. ``first1``: int64 ``[L]``: the leaves that are
+    known to follow leaf ``w`` are ``next1[first1[w] : first1[w + 1]]`` (int32, rising), and
+    ``total1`` (int64 ``[E1 + 1]``) are the sums of their counts. ``first2`` (int64 ``[E1 + 1]``),
+    ``next2``, ``total2`` are the same for each pair ``e`` of ``next1``.
+    """
+
+    cumulative: NDArray[np.int64]
+    children: NDArray[np.int32]
+    first1: NDArray[np.int64]
+    next1: NDArray[np.int32]
+    total1: NDArray[np.int64]
+    first2: NDArray[np.int64]
+    next2: NDArray[np.int32]
+    total2: NDArray[np.int64]
+
+
 def backend(name: str, module: str) -> ModuleType:
-    """The ``module`` ("rans", "bits", "symbols") of a backend; `ValueError` for one not known."""
+    """A ``module`` ("rans", "bits", "symbols", "token_ids") of a backend.
+
+    `ValueError` for a backend that is not known.
+    """
     if name not in BACKENDS:
         raise ValueError(f"no kernel backend {name!r}; there are {', '.join(BACKENDS)}")
     return importlib.import_module(f"tscfile_kernels.{name}.{module}")
@@ -198,6 +231,115 @@ def unpack_bits(
 def packed_bytes(n_values: int, width: int) -> int:
     """Bytes that `pack_bits` makes of ``n_values`` values."""
     return width * (-(-n_values // 8))
+
+
+def token_tree(
+    weights: NDArray[np.int64], on: str = "cpu"
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Halve the leaves by weight until each is alone; `TokenTables` holds the result.
+
+    ``weights``: int64 ``[L]``, positive, of sum below ``1 << 48``. A node is named by the first
+    leaf of its upper half, which no two nodes share. Returns int64 ``[L + 1]``, the sums of the
+    weights before each leaf, and int32 ``[L, 2]``: the lower and the upper child of each node, 0
+    for a single leaf. There is no node 0; the upper entry of row 0 is the root.
+
+    >>> token_tree(np.array([1, 1, 1, 3], np.int64), on="reference")[1].tolist()
+    [[0, 3], [0, 2], [0, 0], [1, 0]]
+    """
+    _check(weights, np.int64, 1, "weights")
+    if not 2 <= len(weights) <= MOST_LEAVES:
+        raise ValueError(f"{len(weights)} leaves are not between 2 and {MOST_LEAVES}")
+    # The sum of the quotients keeps the check itself from overflowing.
+    if int(weights.min()) < 1 or int((weights >> 20).sum()) >> 27:
+        raise ValueError("weights must be positive and sum to less than 1 << 48")
+    cumulative, children = backend(on, "token_ids").token_tree(weights)
+    return cumulative, children
+
+
+def encode_tokens(
+    tables: TokenTables,
+    weights: NDArray[np.int32],
+    match: NDArray[np.int32],
+    ids: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    n_context: int,
+    on: str = "cpu",
+) -> NDArray[np.uint8]:
+    """Code the tokens behind the first ``n_context``, which the decoder knows: uint8 ``[n]``.
+
+    ``ids``, ``leaves``: int32 ``[n_tokens]``; ids count where the leaf is the escape. ``weights``:
+    int32 `TOKEN_WEIGHTS`, within ±2^20; ``match``: int32 `MATCH_LENGTHS`, 64 to 65472: the
+    probabilities that a match of each length goes on. Both are left as the model has learnt them.
+    ``spec/codecs/token-ids.md`` gives every step.
+    """
+    _check_model(tables, weights, match)
+    _check_tokens(tables, ids, leaves, n_context)
+    if len(leaves) and not 0 <= int(leaves.min()) <= int(leaves.max()) < len(tables.children):
+        raise ValueError("a leaf is not in the tree")
+    data: NDArray[np.uint8] = backend(on, "token_ids").encode_tokens(
+        tables, weights, match, ids, leaves, n_context
+    )
+    return data
+
+
+def decode_tokens(
+    tables: TokenTables,
+    weights: NDArray[np.int32],
+    match: NDArray[np.int32],
+    data: NDArray[np.uint8],
+    ids: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    n_context: int,
+    on: str = "cpu",
+) -> bool:
+    """Undo `encode_tokens`: fill ``leaves`` behind the context, and ``ids`` where they escape.
+
+    Any ``data`` is safe to decode; False is returned if they are not exactly the bytes that the
+    decoded tokens are coded in, and the result is then rubbish.
+    """
+    _check_model(tables, weights, match)
+    _check(data, np.uint8, 1, "data")
+    _check_tokens(tables, ids, leaves, n_context)
+    known = leaves[:n_context]
+    if n_context and not 0 <= int(known.min()) <= int(known.max()) < len(tables.children):
+        raise ValueError("a leaf is not in the tree")
+    ok: bool = backend(on, "token_ids").decode_tokens(
+        tables, weights, match, data, ids, leaves, n_context
+    )
+    return ok
+
+
+def _check_model(
+    tables: TokenTables, weights: NDArray[np.int32], match: NDArray[np.int32]
+) -> None:
+    """Shapes and types; that the tables hang together is for those who make them to see to."""
+    _check(tables.children, np.int32, 2, "children")
+    for name in ("next1", "next2"):
+        _check(getattr(tables, name), np.int32, 1, name)
+    for name in ("cumulative", "first1", "total1", "first2", "total2"):
+        _check(getattr(tables, name), np.int64, 1, name)
+    n_leaves, n_pairs, n_triples = len(tables.children), len(tables.next1), len(tables.next2)
+    lengths = [len(part) for part in tables]
+    wanted = [n_leaves + 1, n_leaves, n_leaves, n_pairs, n_pairs + 1]
+    if lengths != [*wanted, n_pairs + 1, n_triples, n_triples + 1]:
+        raise ValueError("tables of tokens do not fit each other")
+    _check(weights, np.int32, 3, "weights")
+    _check(match, np.int32, 1, "match")
+    if weights.shape != TOKEN_WEIGHTS or len(match) != MATCH_LENGTHS:
+        raise ValueError("weights or match probabilities do not have their shape")
+    if int(np.abs(weights).max()) > 1 << 20 or not 64 <= int(match.min()) <= int(match.max()) <= (
+        1 << 16
+    ) - 64:
+        raise ValueError("weights or match probabilities are out of range")
+
+
+def _check_tokens(
+    tables: TokenTables, ids: NDArray[np.int32], leaves: NDArray[np.int32], n_context: int
+) -> None:
+    _check(ids, np.int32, 1, "ids")
+    _check(leaves, np.int32, 1, "leaves")
+    if len(ids) != len(leaves) or not 0 <= n_context <= len(leaves):
+        raise ValueError("ids and leaves must be alike in length, and the context within them")
 
 
 def _check(array: NDArray[np.generic], dtype: type, ndim: int, name: str) -> None:

@@ -260,6 +260,81 @@ def test_class_twins_agree() -> None:
     assert np.array_equal(*totals) and totals[0].sum() == counts.sum()
 
 
+# Token ids --------------------------------------------------------------------------------------
+
+
+def make_token_tables(rng: np.random.Generator, n_leaves: int, n_pairs: int) -> ops.TokenTables:
+    """Random tables; nothing of two tokens contradicts what is said of one."""
+    cumulative, children = ops.token_tree(rng.zipf(1.3, n_leaves).clip(1, 1 << 27))
+
+    def followers(n_contexts: int, n_entries: int):  # type: ignore[no-untyped-def]
+        chosen = np.sort(rng.choice(n_contexts * (n_leaves - 1), n_entries, replace=False))
+        firsts = np.searchsorted(chosen // (n_leaves - 1), np.arange(n_contexts + 1))
+        totals = np.concatenate([[0], np.cumsum(rng.zipf(1.5, n_entries).clip(1, 1 << 23))])
+        leaves = (chosen % (n_leaves - 1)).astype(np.int32)
+        return firsts.astype(np.int64), leaves, totals.astype(np.int64)
+
+    level1, level2 = followers(n_leaves - 1, n_pairs), followers(n_pairs, n_pairs // 2)
+    return ops.TokenTables(cumulative, children, *level1, *level2)
+
+
+def make_token_model(rng: np.random.Generator):  # type: ignore[no-untyped-def]
+    """Weights over the whole range, so that sums are clipped now and then."""
+    weights = rng.integers(-(1 << 16), 1 << 16, ops.TOKEN_WEIGHTS).astype(np.int32)
+    weights[:, :, ::5] *= 16
+    return weights, rng.integers(64, (1 << 16) - 63, ops.MATCH_LENGTHS).astype(np.int32)
+
+
+@pytest.mark.parametrize("n_leaves", [2, 3, 17, 300])
+def test_token_trees_are_alike(n_leaves: int) -> None:
+    rng = np.random.default_rng(n_leaves)
+    doubling = np.int64(1) << np.minimum(np.arange(n_leaves, dtype=np.int64), 30)
+    for weights in (np.ones(n_leaves, np.int64), rng.integers(1, 99, n_leaves), doubling):
+        trees = [ops.token_tree(weights, on=on) for on in ops.BACKENDS]
+        for a, b in zip(*trees, strict=True):
+            assert a.dtype == b.dtype and np.array_equal(a, b)
+        # Every node but 0 hangs somewhere, once.
+        children = trees[0][1]
+        assert sorted(children[children > 0].tolist()) == list(range(1, n_leaves))
+
+
+@pytest.mark.parametrize("n_leaves, n_pairs", [(2, 0), (2, 1), (30, 200), (700, 3000)])
+@pytest.mark.parametrize("n_tokens, n_context", [(0, 0), (1, 0), (1, 1), (120, 0), (150, 50)])
+def test_token_twins_agree(n_leaves: int, n_pairs: int, n_tokens: int, n_context: int) -> None:
+    rng = np.random.default_rng(n_leaves + n_tokens)
+    tables = make_token_tables(rng, n_leaves, n_pairs)
+    weights, match = make_token_model(rng)
+    leaves = rng.zipf(1.4, n_tokens).clip(1, n_leaves).astype(np.int32) - np.int32(1)
+    # Passages that repeat, and every leaf at the edges.
+    leaves[n_tokens // 2 :][:40] = leaves[: len(leaves[n_tokens // 2 :][:40])]
+    leaves[-1:] = n_leaves - 1
+    ids = rng.integers(-(1 << 31), 1 << 31, n_tokens).astype(np.int32)
+    results = []
+    for on in ops.BACKENDS:
+        learnt = weights.copy(), match.copy()
+        data = ops.encode_tokens(tables, *learnt, ids, leaves, n_context, on=on)
+        results.append((data, *learnt))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    data = results[0][0]
+    escapes = leaves == n_leaves - 1
+    for bad in (data, data[:-1], np.append(data, np.uint8(0)), data ^ np.uint8(1)):
+        seen = []
+        for on in ops.BACKENDS:
+            learnt = weights.copy(), match.copy()
+            out = np.zeros_like(ids), np.where(np.arange(n_tokens) < n_context, leaves, 0)
+            ok = ops.decode_tokens(tables, *learnt, bad.copy(), *out, n_context, on=on)
+            seen.append((ok, *out, *learnt))
+        for a, b in zip(*seen, strict=True):
+            assert np.array_equal(a, b)
+        if bad is data:
+            ok, found_ids, found, *learnt = seen[0]
+            assert ok and np.array_equal(found, leaves)
+            coded = escapes & (np.arange(n_tokens) >= n_context)
+            assert np.array_equal(found_ids[coded], ids[coded])
+            assert all(map(np.array_equal, learnt, results[0][1:]))
+
+
 # Arguments --------------------------------------------------------------------------------------
 
 
@@ -284,5 +359,36 @@ def test_wrong_arguments_are_refused() -> None:
     refused(ops.pack_bits, np.zeros(4, np.uint8), 8)
     refused(ops.unpack_bits, np.zeros(7, np.uint8), 3, 9)
     refused(ops.count_symbols, symbols.astype(np.uint16), 4)
+    for weights in ([], [1], [0, 1], [-1, 9], [1 << 47, 1 << 47], [(1 << 62) + 1] * 5):
+        refused(ops.token_tree, np.array(weights, np.int64))
+    refused(ops.token_tree, np.ones(4, np.int32))
     with pytest.raises(ValueError, match="no kernel backend"):
         ops.count_symbols(symbols, 17, on="abacus")
+
+
+def test_wrong_arguments_of_tokens_are_refused() -> None:
+    rng = np.random.default_rng(14)
+    tables = make_token_tables(rng, 9, 20)
+    weights, match = make_token_model(rng)
+    leaves, data = np.arange(9, dtype=np.int32), np.zeros(5, np.uint8)
+    ops.encode_tokens(tables, weights, match, leaves, leaves, 3)
+
+    def refused(tables, weights, match, ids, leaves, n_context):  # type: ignore[no-untyped-def]
+        with pytest.raises(ValueError):
+            ops.encode_tokens(tables, weights, match, ids, leaves, n_context)
+        with pytest.raises(ValueError):
+            ops.decode_tokens(tables, weights, match, data, ids, leaves, n_context)
+
+    for name in tables._fields:
+        part = getattr(tables, name)
+        for other in (part[:-1].copy(), part.astype(np.int16)):
+            refused(tables._replace(**{name: other}), weights, match, leaves, leaves, 3)
+    refused(tables, weights[:-1].copy(), match, leaves, leaves, 3)
+    refused(tables, np.full_like(weights, (1 << 20) + 1), match, leaves, leaves, 3)
+    refused(tables, weights, match[:-1].copy(), leaves, leaves, 3)
+    refused(tables, weights, np.full_like(match, 63), leaves, leaves, 3)
+    refused(tables, weights, match, leaves[:-1].copy(), leaves, 3)
+    refused(tables, weights, match, leaves, leaves, 10)
+    refused(tables, weights, match, leaves, leaves, -1)
+    refused(tables, weights, match, leaves, leaves + np.int32(8), 3)
+    refused(tables, weights, match, leaves, leaves - np.int32(1), 3)
