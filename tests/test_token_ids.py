@@ -178,6 +178,7 @@ def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_learning, "MOST_TRIPLES", 50)
     tables = learn(make_documents(1), 40)
     assert len(tables["ids_count1"]) == 30 and 0 < len(tables["ids_count2"]) <= 50
+    assert sum(array.nbytes for array in tables.values()) <= 7 * 40 + 7 * 30 + 4 * 50 + 8096
     tokens = make_documents(9)[0]
     coder = TokenCoder(tables, "test")
     assert np.array_equal(decode(coder, coder.encode(tokens, NOTHING), len(tokens)), tokens)

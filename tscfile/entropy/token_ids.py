@@ -63,7 +63,7 @@ class TokenCoder:
     ) -> NDArray[np.int32]:
         """The ``n`` tokens; `DamagedError` unless ``data`` are exactly what they are coded in.
 
-        Takes about 20 bytes of memory a token. A byte may well describe a hundred tokens, so a
+        Takes about 40 bytes of memory a token, and a few MB. A byte may well describe a hundred tokens, so a
         count that a file states should be bounded by the caller.
         """
         if n > _MOST_TOKENS_PER_BYTE * (len(data) + 4) or (not n and len(data)):
