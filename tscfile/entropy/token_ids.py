@@ -63,8 +63,8 @@ class TokenCoder:
     ) -> NDArray[np.int32]:
         """The ``n`` tokens; `DamagedError` unless ``data`` are exactly what they are coded in.
 
-        Takes about 40 bytes of memory a token, and a few MB. A byte may well describe a hundred tokens, so a
-        count that a file states should be bounded by the caller.
+        Takes about 40 bytes of memory a token, and a few MB. A byte can describe ten thousand
+        tokens, so the caller should bound a count that a file states.
         """
         if n > _MOST_TOKENS_PER_BYTE * (len(data) + 4) or (not n and len(data)):
             raise DamagedError(f"{where}: {n} tokens do not take {len(data)} bytes; damaged")

@@ -59,8 +59,8 @@ def plain(bits: int) -> Model:
     Tokenizers number their tokens by and large from the frequent to the rare.
     """
     ids = np.arange(1 << bits, dtype=np.int32)
-    nothing = np.zeros(0, np.int64)
-    tables = _tables((1 << 24) // (ids.astype(np.int64) + 128), nothing, nothing, nothing)
+    weights = (1 << 24) // (ids.astype(np.int64) + 128)
+    tables = _tables(weights, np.zeros_like(weights), *[np.zeros(0, np.int64)] * 5)
     return Model(ids, ids, tables, *untrained())
 
 
@@ -137,7 +137,7 @@ def expand(arrays: Mapping[str, NDArray[np.generic]], where: str) -> Model:
     ranks = _rising(_from_planes(parts["ids_next2"]), fan2)
     last = np.repeat(next1, fan2)
     need((ranks < fan1[last]).all(), "ids_next2 leaves the followers")
-    next2 = next1[(_starts(fan1)[last] + ranks)]
+    next2 = next1[_starts(fan1)[last] + ranks]
     weights, match = parts["ids_weights"], parts["ids_match"]
     need(weights.shape == ops.TOKEN_WEIGHTS, "ids_weights has the wrong shape")
     need(match.shape == (ops.MATCH_LENGTHS,), "ids_match has the wrong length")
@@ -157,20 +157,16 @@ def _tables(
     fan1: NDArray[np.int64],
     next1: NDArray[np.int64],
     counts1: NDArray[np.int64],
-    fan2: NDArray[np.int64] | None = None,
-    next2: NDArray[np.int64] | None = None,
-    counts2: NDArray[np.int64] | None = None,
+    fan2: NDArray[np.int64],
+    next2: NDArray[np.int64],
+    counts2: NDArray[np.int64],
 ) -> ops.TokenTables:
     """Tables from int64 arrays; the escape is added, with weight 1."""
-    nothing = np.zeros(0, np.int64)
-    fan1 = fan1 if len(fan1) else np.zeros(len(weights), np.int64)
     cumulative, children = ops.token_tree(np.append(weights, 1))
     return ops.TokenTables(
         cumulative, children,
         _sums(fan1), next1.astype(np.int32), _sums(counts1),
-        _sums(nothing if fan2 is None else fan2),
-        (nothing if next2 is None else next2).astype(np.int32),
-        _sums(nothing if counts2 is None else counts2),
+        _sums(fan2), next2.astype(np.int32), _sums(counts2),
     )  # fmt: skip
 
 
