@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, pipeline, registry, workers
+from . import blocks, pipeline, registry, tokens, workers
 from .bytestream import Allowance, ByteReader
 from .container.reader import Container
 from .container.records import (
+    BOOK,
     CHUNK,
     OPAQUE,
     SNAPSHOT,
@@ -24,12 +25,13 @@ from .container.records import (
     Header,
     OpaqueEntry,
     SnapshotRecord,
+    TokenIds,
     TrackRecord,
     Trailer,
 )
+from .context import FrameContext
 from .entropy import zstd
 from .errors import DamagedError, UnsupportedError, UsageError
-from .history import FrameContext, context_of
 from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ Rows = NDArray[np.uint8]
 
 _CACHED_RECORDS = 32 << 20
 """Bytes of snapshot records that are kept once they are read."""
+
+_CACHED_TOKENS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,11 @@ class ArchivedTrack:
     @property
     def tokens(self) -> NDArray[np.int32]:
         """Token ids of the snapshot, int32 ``[n_tokens]``."""
-        return self._owner.tokens
+        return self._archive.tokens(self._owner.number)
 
     def context(self, start: int, stop: int) -> FrameContext:
         """What is known of cells ``start`` to ``stop`` without the payload."""
-        return context_of(self.cells.pos[start:stop], self._owner.tokens, self.codec().book.history)
+        return FrameContext(self.cells.pos[start:stop], self.tokens)
 
     def _whole_blocks(
         self, start: int, stop: int, out: dict[int, Rows]
@@ -163,7 +167,7 @@ class ArchivedTrack:
             where, payload = self._lossy_payload(number, chunk)
             if blocks.opaque_id(payload) != entry.content_id:
                 raise DamagedError(f"{where}: is not what was packed; damaged")
-            self.codec().coefficients(payload, where)
+            self.codec().read(payload, where)
 
     def _check_block(self, task: tuple[int, list[Rows]]) -> None:
         number, rows = task
@@ -204,12 +208,13 @@ class Archive:
         self._container = Container(path)
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
-        self._codecs: dict[tuple[str, int], BookCodec] = {}
+        self._codecs: dict[int, BookCodec] = {}
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
-        self._records: dict[int, SnapshotRecord] = {}
+        self._records: dict[int, tuple[SnapshotRecord, bytes]] = {}
         self._record_bytes: dict[int, int] = {}
+        self._tokens: dict[int, NDArray[np.int32]] = {}
         self._max_cells = sum(block.n_frames for block in self._container.blocks)
         # Decoding a chunk takes a few times its size, on every core.
         self._max_chunk = max(blocks.MOST_CHUNK_BYTES, self.size // 4)
@@ -265,7 +270,7 @@ class Archive:
                 + (f", 0 to {n - 1}" if n else "")
             )
         wanted = number % n
-        # Tokens are told from the parent's, so parents come first; a loop, as chains are long.
+        # A record is told from its parent's, so parents come first; a loop, as chains are long.
         pending = [] if wanted in self._records else [wanted]
         while pending:
             payload, where = self._payload(pending[-1])
@@ -276,14 +281,46 @@ class Archive:
                 pending.append(parent)
                 continue
             self._load(pending.pop(), payload, parent, where)
-        return self._records[wanted]
+        return self._records[wanted][0]
+
+    def structure(self, number: int) -> bytes:
+        """The structure of a snapshot's record, against which its children's are compressed."""
+        return self._records[self.record(number).number][1]
+
+    def tokens(self, number: int = -1) -> NDArray[np.int32]:
+        """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it."""
+        record = self.record(number)
+        # The first of its tokens are the parent's, and so on: a loop, as chains are long.
+        chain = [record]
+        while chain[-1].number not in self._tokens and chain[-1].parent is not None:
+            chain.append(self.record(chain[-1].parent))
+        for each in reversed(chain):
+            if each.number in self._tokens:
+                continue
+            where = f"{self.path}: snapshot {each.number}"
+            found = self._decode_tokens(each.ids, each.parent, each.coding, where)
+            self._tokens[each.number] = found
+            while len(self._tokens) > 2 and _size(self._tokens) > _CACHED_TOKENS:
+                del self._tokens[next(iter(self._tokens))]
+        return self._tokens[record.number]
+
+    def _decode_tokens(
+        self, ids: TokenIds, parent: int | None, coding: dict[str, Any], where: str
+    ) -> NDArray[np.int32]:
+        before = np.zeros(0, np.int32)
+        if ids.kept and parent is not None:
+            before = self._tokens[parent] if parent in self._tokens else self.tokens(parent)
+        coder = None
+        if ids.coding == tokens.OF_BOOK:
+            coder = self._book(coding, where).token_coder
+        return tokens.decode(ids, before, coder, where)
 
     def snapshot(self, number: int = -1) -> Snapshot:
         """Snapshot ``number`` with tracks that decode on demand, and its opaque parts."""
         record = self.record(number)
         allowance = self._container.allowance()
         return Snapshot(
-            tokens=record.tokens,
+            tokens=self.tokens(record.number),
             tracks=[ArchivedTrack(self, track, record) for track in record.tracks],
             source=dict(record.source),
             opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
@@ -366,21 +403,37 @@ class Archive:
 
     def book_codec(self, record: SnapshotRecord) -> BookCodec:
         """The codec of a snapshot's book; `UsageError` if the book cannot be found."""
-        wanted = record.coding.get("book")
-        if not isinstance(wanted, str):
-            raise DamagedError(f"{self.path}: snapshot {record.number} names no book; damaged")
-        key = wanted, record.number
-        if key not in self._codecs:
-            from .books.book import find
+        if record.number not in self._codecs:
             from .lossy import BookCodec
 
-            if wanted not in self._books:
-                self._books[wanted] = find(wanted, self._given_book, self.path)
+            opened = self._book(record.coding, f"{self.path}: snapshot {record.number}")
             facts = dict(record.identity)
             if "rope_pairing" in record.coding:
                 facts["rope_pairing"] = record.coding["rope_pairing"]
-            self._codecs[key] = BookCodec(self._books[wanted], ModelIdentity(facts), self.path)
-        return self._codecs[key]
+            self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
+        return self._codecs[record.number]
+
+    def _book(self, coding: dict[str, Any], where: str) -> OpenBook:
+        """The book that a snapshot's coding names."""
+        wanted = coding.get("book")
+        if not isinstance(wanted, str):
+            raise DamagedError(f"{where}: names no book; damaged")
+        if wanted not in self._books:
+            from .books.book import find
+
+            inside = self.embedded_book(wanted)
+            self._books[wanted] = inside or find(wanted, self._given_book, self.path)
+        return self._books[wanted]
+
+    def embedded_book(self, wanted: str) -> OpenBook | None:
+        """The book with id ``wanted``, if the archive holds it."""
+        from .books.book import book_id, open_bytes
+
+        for ref in self._container.extras(BOOK):
+            data = self._container.read(ref, BOOK)
+            if book_id(data).hex() == wanted:
+                return open_bytes(bytes(data), f"{self.path}: book at offset {ref.offset}")
+        return None
 
     def check_content(self, number: int, rows: Sequence[Rows]) -> None:
         """`DamagedError` unless ``rows`` are what block ``number`` was made of."""
@@ -410,16 +463,22 @@ class Archive:
         return self._container.read(ref, SNAPSHOT), f"{self.path}: snapshot {number}"
 
     def _load(self, number: int, payload: memoryview, parent: int | None, where: str) -> None:
-        tokens = np.zeros(0, np.int32) if parent is None else self._records[parent].tokens
+        before = (None, b"") if parent is None else self._records[parent]
         allowance = self._container.allowance()
         full = allowance.left
-        record = SnapshotRecord.read(payload, tokens, self._max_cells, where, allowance)
+
+        def tokens_of(ids: TokenIds, coding: dict[str, Any]) -> NDArray[np.int32]:
+            return self._decode_tokens(ids, parent, coding, where)
+
+        record, structure = SnapshotRecord.read(
+            payload, *before, tokens_of, self._max_cells, where, allowance
+        )
         if record.number != number:
             raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
         for track in record.tracks:
             for run in track.runs:
                 self._check_chunks(self.block(run), track, where)
-        self._records[number] = record
+        self._records[number] = record, structure
         self._record_bytes[number] = full - allowance.left
         # The oldest go; one that is needed again is read again.
         while len(self._records) > 1 and sum(self._record_bytes.values()) > _CACHED_RECORDS:
@@ -452,6 +511,10 @@ class Archive:
         if blocks.opaque_id(content) != entry.content_id:
             raise DamagedError(f"{where}: its content is not what the snapshot says; damaged")
         return content
+
+
+def _size(arrays: dict[int, NDArray[np.int32]]) -> int:
+    return sum(each.nbytes for each in arrays.values())
 
 
 def _as_values(rows: Rows, tensor: TensorSpec) -> NDArray[Any]:

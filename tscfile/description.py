@@ -107,7 +107,7 @@ def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo
         plan=record.plan,
         parent=record.parent,
         tier=record.tier,
-        n_tokens=len(record.tokens),
+        n_tokens=len(record.ids),
         n_frames=sum(len(track.cells) for track in record.tracks),
         raw_bytes=raw,
         restore_bytes=restore,

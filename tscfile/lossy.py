@@ -4,12 +4,15 @@ rows -> channels before RoPE -> less the prediction from the tokens -> coefficie
 basis -> integers of one step -> rANS. Frames decode on their own: a prediction needs the tokens,
 which every archive has, and no other frame.
 
-The first positions take a finer step: all later tokens attend to them.
+Frames that later tokens lean on more take a finer step: the first ones, which all attend to, and
+the newest ones, which what comes next attends to most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,20 +22,56 @@ from .books.book import Book, OpenBook
 from .bytestream import ByteReader, ByteWriter
 from .container.records import ChunkHeader
 from .container.writer import EncodedChunk
+from .context import FrameContext
 from .entropy import ladder, segments
 from .errors import DamagedError, MismatchError, UnsupportedError
-from .history import FrameContext
 from .identity import ROPE_PAIRING, compare
 from .model import ModelIdentity, TensorSpec
 from .quantizers import uniform
 from .transforms import channels
 
+if TYPE_CHECKING:
+    from .entropy.token_ids import TokenCoder
+
 Rows = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
-N_SINKS = 4
-SINK_OCTAVES = 1.5
-"""Octaves by which the step of the first positions is finer."""
+FINER_FIRST = ((4, 384),)
+FINER_LAST = ((2, 768), (8, 512), (32, 256))
+"""``(n, units)``: the first and the last n positions take a step finer by so many 1/256 octaves.
+Of several that hold, the first counts; the finer of both ends."""
 
+
+def steps_of(pos: NDArray[np.int32], n_positions: int, log_step: int) -> NDArray[np.int32]:
+    """The step of each frame in 1/256 octaves, int32 ``[n]``.
+
+    ``n_positions``: one more than the last position of the save that is being packed.
+
+    >>> steps_of(np.array([0, 50, 99], np.int32), 100, 100).tolist()
+    [-284, 100, -668]
+    """
+    finer = np.zeros(len(pos), np.int32)
+    for ends, distance in ((FINER_FIRST, pos), (FINER_LAST, n_positions - 1 - pos)):
+        for n, units in ends:
+            finer = np.where(distance < n, np.maximum(finer, units), finer)
+    return (log_step - finer).astype(np.int32)
+
+
+MOST_LOG_STEP = 24 * ladder.UNITS_PER_OCTAVE
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames ``start`` to ``stop`` of a chunk, which share one step.
+
+    ``counts``: coefficients stored of each group; ``values``: int32 ``[n, sum(counts)]``.
+    """
+
+    start: int
+    stop: int
+    step: float
+    counts: list[int]
+    values: NDArray[np.int32]
 
 class BookCodec:
     """Encodes and decodes the tensors of one model with its book."""
@@ -41,12 +80,17 @@ class BookCodec:
         """`MismatchError` if ``identity`` is known to be another model's than the book's."""
         self.id = opened.id
         self.book: Book = opened.book
+        self._opened = opened
         self.pairing = _pairing(identity, where)
         own = {key: value for key, value in self.book.facts.items() if key != "rope_pairing"}
         differences = compare(ModelIdentity(own), identity)
         if differences:
             raise MismatchError(f"{where}: the book is another model's: {'; '.join(differences)}")
         self._lengths = size_lengths(self.book.frequencies)
+
+    @property
+    def token_coder(self) -> TokenCoder | None:
+        return self._opened.token_coder
 
     @property
     def head_dim(self) -> int:
@@ -66,24 +110,21 @@ class BookCodec:
 
     def encode(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext,
-        log_step: int,
+        steps: NDArray[np.int32],
     ) -> EncodedChunk:  # fmt: skip
-        """Code all tensors of a track, one uint8 ``[n, row_bytes]`` each, n > 0."""
-        frames = channels.to_frames(
-            rows, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
-        )
-        if not np.isfinite(frames).all():
-            raise UnsupportedError(
-                "keys or values are not finite, which a lossy tier cannot keep; use --tier lossless"
-            )
-        coefficients = (frames - self.book.predict(context.history)) @ self.book.analysis
+        """Code all tensors of a track, one uint8 ``[n, row_bytes]`` each, n > 0.
+
+        ``steps``: int32 ``[n]``, see `steps_of`.
+        """
+        residual = self._residual(rows, tensors, context)
         writer = ByteWriter()
-        steps = np.where(context.pos < N_SINKS, log_step - _finer(), log_step)
-        edges = np.flatnonzero(np.diff(steps, prepend=steps[0] - 1, append=steps[-1] - 1))
-        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        for start, stop in _runs(steps):
             step = int(steps[start])
-            values = self._quantize(coefficients[start:stop], step)
-            classes = ladder.class_of(self.book.log_sigmas, step)
+            counts = self.book.stored(step)
+            classes = ladder.class_of(self.book.log_sigmas, step)[self.book.columns(counts)]
+            scaled = self.book.analyse(residual[start:stop], counts)
+            scaled *= np.float32(2.0 ** (-step / ladder.UNITS_PER_OCTAVE))
+            values = uniform.quantize(scaled, self._lengths, classes)
             segments.encode(writer, values, step, classes, self.book.frequencies)
         row_bytes = tuple(part.shape[1] for part in rows)
         header = ChunkHeader(
@@ -96,57 +137,58 @@ class BookCodec:
         where: str,
     ) -> list[Rows]:  # fmt: skip
         """Frames ``first`` to ``first + len(context.pos)`` of a chunk."""
-        _, values = self.coefficients(payload, where)
-        part = values[first : first + len(context.pos)]
-        # Most coefficients of a coarse tier are zero in every frame.
-        used = np.flatnonzero(part.any(axis=0))
-        frames = part[:, used] @ self.book.synthesis[used] + self.book.predict(context.history)
+        predicted = self.book.network(context)
+        frames = np.empty((len(predicted), self.book.n_channels), np.float32)
+        for place, segment, values in _within(self.read(payload, where), first, len(frames)):
+            coefficients = uniform.dequantize(values, segment.step)
+            frames[place] = self.book.synthesize(predicted[place], coefficients, segment.counts)
         return channels.from_frames(
             frames, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
         )
 
-    def coefficients(
-        self, payload: memoryview, where: str
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Of a whole chunk: each frame's step, ``[n, 1]``, and coefficients, ``[n, R]``."""
+    def read(self, payload: memoryview, where: str) -> list[Segment]:
+        """The integers of a whole chunk; `DamagedError` if it is not one."""
         reader = ByteReader(payload, where)
-        header = ChunkHeader.read(reader)
-        steps, parts, left = [], [], header.n_frames
-        while left:
+        n_frames = ChunkHeader.read(reader).n_frames
+        found: list[Segment] = []
+        start = 0
+        while start < n_frames:
             log_step, values = segments.decode(
-                reader, self.book.n_coefficients, self.book.log_sigmas, self.book.frequencies, left
+                reader, self.book.log_sigmas, self.book.frequencies, n_frames - start
             )
-            if not len(values):
-                raise DamagedError(f"{where}: a segment without frames; damaged")
             step = 2.0 ** (log_step / ladder.UNITS_PER_OCTAVE)
-            steps.append(np.full((len(values), 1), step, np.float32))
-            parts.append(uniform.dequantize(values, step))
-            left -= len(values)
+            stop = start + len(values)
+            found.append(Segment(start, stop, step, self.book.stored(log_step), values))
+            start = stop
         reader.end()
-        return np.concatenate(steps), np.concatenate(parts)
+        return found
 
     def same(
         self, payload: memoryview, first: int, rows: Sequence[Rows], tensors: Sequence[TensorSpec],
         context: FrameContext, where: str,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Which frames ``rows`` lie within `MAX_DELTA` steps of what is stored, bool ``[n]``."""
-        steps, stored = self.coefficients(payload, where)
-        span = slice(first, first + len(context.pos))
+        residual = self._residual(rows, tensors, context)
+        near = np.zeros(len(residual), bool)
+        for place, segment, values in _within(self.read(payload, where), first, len(near)):
+            new = self.book.analyse(residual[place], segment.counts)
+            apart = np.abs(new - uniform.dequantize(values, segment.step))
+            near[place] = (apart <= MAX_DELTA * segment.step).all(axis=1)
+        return near
+
+    def _residual(
+        self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext
+    ) -> Floats:
+        """What the tokens do not say of the frames, float32 ``[n, C]``."""
         frames = channels.to_frames(
             rows, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
         )
-        new = (frames - self.book.predict(context.history)) @ self.book.analysis
-        apart = np.abs(new - stored[span])
-        near: NDArray[np.bool_] = (apart <= MAX_DELTA * steps[span]).all(axis=1)
-        return near
-
-    def _quantize(self, coefficients: NDArray[np.float32], log_step: int) -> NDArray[np.int32]:
-        classes = ladder.class_of(self.book.log_sigmas, log_step)
-        used = np.flatnonzero(classes >= 0)
-        values = np.zeros(coefficients.shape, np.int32)
-        scaled = coefficients[:, used] * np.float32(2.0 ** (-log_step / ladder.UNITS_PER_OCTAVE))
-        values[:, used] = uniform.quantize(scaled, self._lengths, classes[used])
-        return values
+        if not np.isfinite(frames).all():
+            raise UnsupportedError(
+                "keys or values are not finite, which a lossy tier cannot keep; use --tier lossless"
+            )
+        frames -= self.book.predict(context)
+        return frames
 
 
 MAX_DELTA = 2.0
@@ -161,8 +203,22 @@ def size_lengths(frequencies: NDArray[np.uint16]) -> NDArray[np.float32]:
     return np.stack([*sizes, bits[:, ladder.ESCAPE] + 16], axis=1).astype(np.float32)
 
 
-def _finer() -> int:
-    return int(SINK_OCTAVES * ladder.UNITS_PER_OCTAVE)
+def _runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Frames that follow one another with one step, as ``(start, stop)``."""
+    edges = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _within(
+    found: Sequence[Segment], first: int, n_frames: int
+) -> Iterator[tuple[slice, Segment, NDArray[np.int32]]]:
+    """What segments hold of frames ``first`` to ``first + n_frames``: where it belongs among
+    them, the segment, and the values."""
+    for segment in found:
+        start, stop = max(segment.start, first), min(segment.stop, first + n_frames)
+        if start < stop:
+            values = segment.values[start - segment.start : stop - segment.start]
+            yield slice(start - first, stop - first), segment, values
 
 
 def _pairing(identity: ModelIdentity, where: str) -> str:

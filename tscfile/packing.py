@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, files, pipeline, temporal, workers
+from . import blocks, files, pipeline, temporal, tokens, workers
 from .archive import Archive, ArchivedTrack, is_exact
 from .container.records import (
     FrameRun,
@@ -25,16 +26,20 @@ from .container.records import (
     logical_seed,
 )
 from .container.writer import ContainerWriter, EncodedChunk
+from .context import FrameContext
 from .entropy import zstd
 from .errors import MismatchError, TscError, UsageError
-from .history import context_of
 from .identity import compare
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
-from .tiers import DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
+from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
+
+_TRIED_BLOCKS = 8
+_STRUCTURE_BYTES, _BLOCK_BYTES = 900, 120
+"""About what an archive takes beside chunks and token ids, and what a block adds to it."""
 
 if TYPE_CHECKING:
     from .lossy import BookCodec
@@ -72,6 +77,9 @@ def pack(
     *,
     tier: str | None = None,
     book: str | os.PathLike[str] | None = None,
+    embed_book: bool = False,
+    target_kl: float | None = None,
+    target_ratio: float | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
     force: bool = False,
@@ -80,9 +88,11 @@ def pack(
     """Make the archive ``path`` of one snapshot.
 
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
-    default where a ``book`` is given, which all tiers but "lossless" need. ``identity``: what is
-    known of the model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw
-    bytes done.
+    default where a ``book`` is given, which all tiers but "lossless" need. ``embed_book``: put the
+    book into the archive, which then needs no other file. ``target_kl`` (nats), ``target_ratio``: in
+    place of a tier, the step that the book expects to have this KL, or the finest that makes the
+    archive so small. ``identity``: what is known of the model
+    (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
 
@@ -92,13 +102,16 @@ def pack(
     >>> report.plan, report.n_tokens, report.n_frames_new
     ('keyframe', 400, 400)
     """
-    chosen = tier_from_name(tier or (DEFAULT_BOOK_TIER if book else DEFAULT_TIER))
+    target = Target(target_kl, target_ratio)
+    chosen = target.tier(tier) or tier_from_name(DEFAULT_BOOK_TIER if book else DEFAULT_TIER)
     snapshot, label = _open(source, name)
     _identify(snapshot, identity)
-    coder = _coder(chosen, book, snapshot)
+    coder = _coder(chosen, book, snapshot, target)
     with files.new_file(path, force=force) as fd:
         writer = ContainerWriter(fd)
         planned = _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
+        if coder is not None and book is not None and embed_book:
+            writer.add_book(Path(book).read_bytes())
         number = _store(writer, snapshot, planned, chosen, coder, label, None, progress)
         size = writer.commit()
     return _report(number, chosen, snapshot, planned, size, size)
@@ -130,7 +143,7 @@ def append(
         old = archive.record(parent) if parent is not None else None
         _identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
-        coder = _coder(chosen, book, snapshot, archive if old and old.coding else None, old)
+        coder = _coder(chosen, book, snapshot, Target(), archive if old and old.coding else None, old)
         planned = _plan(archive, snapshot, parent, n_common, coder)
         before = archive.container.whole_end
         try:
@@ -170,10 +183,30 @@ class _Coder:
     facts: dict[str, str | int | float]
 
 
+@dataclass(frozen=True)
+class Target:
+    """A quality or a size asked for in place of a tier's name; at most one of them."""
+
+    kl: float | None = None
+    ratio: float | None = None
+
+    def tier(self, name: str | None) -> Tier | None:
+        """The tier called ``name``, or `CUSTOM` for a target; None if nothing was asked for."""
+        asked = [each for each in (name, self.kl, self.ratio) if each is not None]
+        if len(asked) > 1:
+            raise UsageError("give one of a tier, a target KL and a target ratio")
+        if not asked:
+            return None
+        if not all(0 < each < math.inf for each in (self.kl or 1, self.ratio or 1)):
+            raise UsageError("a target is a positive number")
+        return CUSTOM if name is None else tier_from_name(name)
+
+
 def _coder(
     tier: Tier,
     book: str | os.PathLike[str] | None,
     snapshot: Snapshot,
+    target: Target,
     archive: Archive | None = None,
     parent: SnapshotRecord | None = None,
 ) -> _Coder | None:
@@ -189,15 +222,68 @@ def _coder(
         codec = archive.book_codec(parent)
     else:
         raise UsageError(f"tier {tier.name} needs a book: give it with --book")
-    if tier.name not in codec.book.tiers:
-        known = ", ".join(codec.book.tiers) or "none"
-        raise UsageError(f"the book has no step for tier {tier.name}; it has {known}")
-    entry = codec.book.tiers[tier.name]
-    facts = {
-        "book": codec.id, "log_step": entry.log_step, "expected_kl": entry.kl,
-        "rope_pairing": codec.pairing,
+    if tier is not CUSTOM:
+        entry = codec.book.tier(tier.name)
+        log_step = entry.log_step
+    elif target.kl is not None:
+        log_step = codec.book.step_of_kl(target.kl)
+    elif target.ratio is not None:
+        log_step = _step_of_ratio(codec, snapshot, target.ratio)
+    elif parent is not None and isinstance(parent.coding.get("log_step"), int):
+        log_step = parent.coding["log_step"]
+    else:
+        raise UsageError("tier custom says no step; give a tier, a target KL or a target ratio")
+    expected = codec.book.kl_of_step(log_step)
+    facts: dict[str, str | int | float] = {
+        "book": codec.id, "log_step": log_step, "rope_pairing": codec.pairing,
+        **({} if expected is None else {"expected_kl": expected}),
     }  # fmt: skip
-    return _Coder(codec, entry.log_step, facts)
+    return _Coder(codec, log_step, facts)
+
+
+def _step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
+    """The finest step at which the archive is about as small as ``ratio`` asks: measured on blocks
+    here and there, structure and token ids added.
+
+    `UsageError` if even the coarsest does not reach it.
+    """
+    from .lossy import MOST_LOG_STEP, steps_of
+
+    nothing = np.zeros(0, np.int32)
+    ids = tokens.encode(snapshot.tokens, nothing, codec.token_coder)
+    structure = _STRUCTURE_BYTES + len(ids.data)
+    pieces, n_frames = [], 0
+    for track in snapshot.tracks:
+        codec.check(track.tensors, "pack")
+        spans = list(blocks.block_ranges(0, len(track.cells), blocks.block_frames(track.tensors)))
+        structure += _BLOCK_BYTES * len(spans)
+        # The last block is always among them: its frames take a finer step.
+        chosen = spans[:: max(1, len(spans) // _TRIED_BLOCKS)][:-1] + spans[-1:]
+        n_frames += len(track.cells)
+        pieces += [(track, start, stop) for start, stop in chosen]
+    tried = sum(stop - start for _, start, stop in pieces)
+
+    def size(log_step: int) -> float:
+        total = 0
+        for track, start, stop in pieces:
+            pos = track.cells.pos[start:stop]
+            steps = steps_of(pos, int(track.cells.pos.max()) + 1, log_step)
+            context = FrameContext(pos, snapshot.tokens)
+            rows = track.read(start, stop)
+            total += len(codec.encode(rows, track.tensors, context, steps).body)
+        return total * n_frames / max(tried, 1) + structure
+
+    allowed = snapshot.raw_bytes / ratio
+    low, high = -MOST_LOG_STEP, MOST_LOG_STEP
+    if size(high) > allowed:
+        raise UsageError(
+            f"a ratio of {ratio:g} is out of reach: token ids and structure take "
+            f"{structure} bytes of the {int(allowed)} it allows"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if size(middle) <= allowed else (middle, high)
+    return high
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
@@ -231,7 +317,7 @@ def _plan(
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
         return _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
-    if not n_common and len(snapshot.tokens) and len(archive.record(parent).tokens):
+    if not n_common and len(snapshot.tokens) and len(archive.record(parent).ids):
         raise MismatchError(
             f"{archive.path}: the save shares no first token with any of its snapshots; "
             "pack another conversation into a file of its own"
@@ -252,11 +338,11 @@ def _plan(
     return _Planned(parent, n_cells, plans, n_common)
 
 
-def _choose_parent(archive: Archive, tokens: NDArray[np.int32]) -> tuple[int | None, int]:
+def _choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None, int]:
     """The snapshot with the most leading tokens in common, the newest of equals, and how many."""
     best: tuple[int | None, int] = (None, -1)
     for number in range(len(archive)):
-        n_common = common_prefix(archive.record(number).tokens, tokens)
+        n_common = common_prefix(archive.tokens(number), ids)
         if n_common >= best[1]:
             best = (number, n_common)
     return best[0], max(best[1], 0)
@@ -318,12 +404,11 @@ def _near_rows(
     """Which frames lie near enough to those of ``run`` in a lossy block, with the same tokens."""
     (chunk,) = archive.block(run).chunks
     where, payload = archive.chunk_payload(run.block, chunk)
-    pos = track.cells.pos[start:stop]
-    context = context_of(pos, snapshot.tokens, coder.codec.book.history)
+    context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
     rows = track.read(start, stop)
     near = coder.codec.same(payload, run.first, rows, track.tensors, context, where)
-    before = context_of(pos, old.tokens, coder.codec.book.history)
-    same: NDArray[np.bool_] = near & (before.history == context.history).all(axis=1)
+    # A frame is decoded from all tokens up to it.
+    same: NDArray[np.bool_] = near & (context.pos < common_prefix(old.tokens, snapshot.tokens))
     return same
 
 
@@ -341,7 +426,10 @@ def _store(
     progress: Progress | None,
 ) -> int:
     """Add the missing blocks and the snapshot record; returns the snapshot's number."""
-    parent = archive.record(planned.parent) if archive and planned.parent is not None else None
+    parent, before, structure = None, np.zeros(0, np.int32), b""
+    if archive and planned.parent is not None:
+        parent, before = archive.record(planned.parent), archive.tokens(planned.parent)
+        structure = archive.structure(planned.parent)
     for track, plan in zip(snapshot.tracks, planned.tracks, strict=True):
         _store_frames(writer, snapshot, track, plan, tier, coder, progress)
     record = SnapshotRecord(
@@ -353,7 +441,7 @@ def _store(
         source=snapshot.source,
         identity=snapshot.identity.facts,
         coding=coder.facts if coder else {},
-        tokens=np.ascontiguousarray(snapshot.tokens, np.int32),
+        ids=tokens.encode(snapshot.tokens, before, coder.codec.token_coder if coder else None),
         tracks=[
             TrackRecord(
                 track.cache, track.stream, track.attributes, tuple(track.tensors), plan.runs(),
@@ -365,7 +453,8 @@ def _store(
             _store_opaque(writer, key, content, parent) for key, content in snapshot.opaque.items()
         ],
     )  # fmt: skip
-    return writer.add_snapshot(record.write(parent.tokens if parent else np.zeros(0, np.int32)))
+    ids = np.ascontiguousarray(snapshot.tokens, np.int32)
+    return writer.add_snapshot(record.write(ids, structure))
 
 
 def _store_frames(
@@ -377,7 +466,10 @@ def _store_frames(
     coder: _Coder | None,
     progress: Progress | None,
 ) -> None:
+    n_positions = int(track.cells.pos.max(initial=-1)) + 1
     if coder is not None:
+        from .lossy import steps_of
+
         coder.codec.check(track.tensors, "pack")
     n_frames = blocks.block_frames(track.tensors)
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
@@ -397,8 +489,9 @@ def _store_frames(
     def encode_lossy(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
         assert coder is not None
         pos = track.cells.pos[slice(*span)]
-        context = context_of(pos, snapshot.tokens, coder.codec.book.history)
-        chunk = coder.codec.encode(track.read(*span), track.tensors, context, coder.log_step)
+        steps = steps_of(pos, n_positions, coder.log_step)
+        context = FrameContext(pos, snapshot.tokens)
+        chunk = coder.codec.encode(track.read(*span), track.tensors, context, steps)
         return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
 
     encode = encode_exact if coder is None else encode_lossy

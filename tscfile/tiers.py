@@ -23,11 +23,16 @@ TIERS = {
     "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False),
     "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False),
 }
+CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)
+"""What a snapshot is packed with that was given a target in place of a tier."""
+
 DEFAULT_TIER, DEFAULT_BOOK_TIER = "lossless", "balanced"
 
 
 def tier_from_name(name: str) -> Tier:
     """The tier called ``name``; `UsageError` with the known names if there is none."""
+    if name == CUSTOM.name:
+        return CUSTOM
     if name not in TIERS:
         raise UsageError(f"tier {name!r} is unknown; known are {', '.join(TIERS)}")
     return TIERS[name]

@@ -37,12 +37,18 @@ from ..options import (
     help="Quality tier: lossless, or with a book balanced, by default.",
 )  # fmt: skip
 @book_option
+@click.option("--embed-book", is_flag=True, help="Put the book into the archive.")
+@click.option("--target-kl", type=float, metavar="NATS",
+              help="In place of a tier: the KL to be expected.")  # fmt: skip
+@click.option("--target-ratio", type=float, metavar="X",
+              help="In place of a tier: how many times smaller the archive is to be.")  # fmt: skip
 @model_option
 @force_option
 @quiet_option
 @json_option
 def command(
-    source: Path, output: Path | None, tier: str | None, book: Path | None, model: Path | None,
+    source: Path, output: Path | None, tier: str | None, book: Path | None,
+    embed_book: bool, target_kl: float | None, target_ratio: float | None, model: Path | None,
     force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack SOURCE, a saved llama.cpp state or a cache in GGUF, safetensors or npz, into an archive.
@@ -52,6 +58,8 @@ def command(
     from tscfile.packing import pack
     from tscfile.sources import identity_for, open_source
 
+    if book is None and (embed_book or target_kl is not None or target_ratio is not None):
+        raise click.UsageError("--embed-book, --target-kl and --target-ratio need --book")
     if source.is_dir():
         raise click.UsageError(f"{source or '.'} is a directory; name a saved state")
     if output is None:
@@ -63,7 +71,8 @@ def command(
         identity = identity_for(snapshot, identity)
         with progress("packing", snapshot.raw_bytes, quiet) as advance:
             report = pack(
-                snapshot, target, tier=tier, book=book, identity=identity, force=force,
+                snapshot, target, tier=tier, book=book, embed_book=embed_book,
+                target_kl=target_kl, target_ratio=target_ratio, identity=identity, force=force,
                 progress=advance, name="" if str(source) == STDIO else source.name,
             )  # fmt: skip
     if as_json and str(output) != STDIO:

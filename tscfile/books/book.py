@@ -1,13 +1,14 @@
-"""A book: basis, predictor, distributions and measured tiers of one model, named by its BLAKE3.
+"""A book: predictor, bases, distributions and measured tiers of one model, named by its BLAKE3.
 
 A frame is taken as one vector ``x`` of all channels: keys before RoPE and values, tensor after
 tensor. The book holds
 
-- ``mean`` and a predictor: what the frame's token and the tokens before it say of ``x``, linear in
-  a table of token vectors;
+- ``mean``, a network (`transforms.prediction`) and a prediction basis: what the tokens up to the
+  frame say of ``x``;
 - the basis: ``x = mean + prediction + sum of coefficient * basis row``. Rows are the eigenvectors
   of the prediction's residual, measured by what the model's output feels (``metric``);
 - the scale of each coefficient, and frequency tables for coefficients of every scale;
+- how token ids are coded (`entropy.token_ids`);
 - tiers: the quantizer step that meets each one's quality, and what was measured.
 
 Large tables are stored as 8-bit integers with one scale a row or column; the encoder works with
@@ -16,11 +17,13 @@ what is stored, so that this costs rate and not drift. ``spec/book.md`` gives th
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -29,25 +32,39 @@ from tscfile_kernels.ops import PROBABILITY_BITS
 
 from ..bytestream import ByteReader, ByteWriter
 from ..container.records import read_metadata, write_metadata
+from ..context import FrameContext
 from ..entropy import ladder, zstd
 from ..errors import DamagedError, TscError, UnsupportedError, UsageError
+from ..transforms.klt import GroupedBasis, LayerGroups
+from ..transforms.prediction import N_POSITION, Features, Network
 from ..transforms.rope import HALVES, Rope
 
+if TYPE_CHECKING:
+    from ..entropy.token_ids import TokenCoder
+
 MAGIC = b"\x89TSCBOOK\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
 HASH_BYTES = 32
 SUFFIX = ".tscbook"
+IDS_PREFIX = "ids_"
 
-_DTYPES = {"f4": "<f4", "i1": "<i1", "i2": "<i2", "u2": "<u2", "i4": "<i4", "f2": "<f2"}
+_DTYPES = {
+    "f4": "<f4", "f2": "<f2", "i1": "<i1", "u1": "<u1", "i2": "<i2", "u2": "<u2", "i4": "<i4",
+    "u4": "<u4",
+}  # fmt: skip
 _MAX_ELEMENTS = 1 << 31
 _MAX_HISTORY = 64
+_MAX_DECAYS = 16
 _MAX_LOG_STEP = 1 << 14
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class TierEntry:
     """A tier and what was measured of it, on text that the book did not learn from: ``log_step`` in
-    1/256 octaves, mean KL in nats, and the ratio of whole archives."""
+    1/256 octaves, mean KL in nats, and the ratio of whole archives. KL and ratio are NaN in a book
+    made without a model."""
 
     name: str
     log_step: int
@@ -57,14 +74,16 @@ class TierEntry:
 
 @dataclass
 class Book:
-    """Arrays of a book; C channels, R coefficients, V tokens, D numbers a token vector, H tokens
-    of history, K distribution classes, S symbols.
+    """Arrays of a book; C channels in G groups of c, R coefficients, P predicted coordinates, V
+    tokens, D numbers a token vector, F features, M hidden units, K distribution classes, S symbols.
 
-    ``mean`` f32 [C] · ``token_vectors`` i8 [V, D] with ``token_scales`` f32 [V] ·
-    ``predictor`` i8 [H*D, C] with ``predictor_scales`` f32 [C] · ``basis`` i8 [R, C] with
-    ``basis_scales`` f32 [R] · ``metric`` f2 [n_blocks, c, c], block-diagonal, tensor after tensor ·
-    ``log_sigmas`` i2 [R], 1/256 octaves · ``frequencies`` u2 [K, S] · ``inv_freq`` f4, half the
-    rotated channels of a head. Arrays of other names are ignored.
+    ``mean`` f4 [C] · ``token_vectors`` i1 [V, D] with ``token_scales`` f4 [V] · ``hidden`` i1
+    [F, M] with ``hidden_scales`` and ``hidden_bias`` f4 [M] · ``linear`` i1 [F, P] with
+    ``linear_scales`` f4 [P] · ``output`` i1 [M, P] with ``output_scales`` f4 [P] · ``prediction``
+    i1 [P, c] with ``prediction_scales`` f4 [P] · ``basis`` i1 [R, c] with ``basis_scales`` f4 [R] ·
+    ``metric`` f2 [N, w, w], block-diagonal, tensor after tensor · ``log_sigmas`` i2 [R], 1/256
+    octaves, falling in each group · ``frequencies`` u2 [K, S] · ``inv_freq`` f4, half the rotated
+    channels of a head · ``ids_*``: tables of `entropy.token_ids`. Others are ignored.
     """
 
     facts: dict[str, Any]
@@ -85,10 +104,6 @@ class Book:
     def n_coefficients(self) -> int:
         return len(self.arrays["basis"])
 
-    @property
-    def history(self) -> int:
-        return int(self.facts["book.history"])
-
     @cached_property
     def rope(self) -> Rope:
         return Rope(
@@ -97,46 +112,149 @@ class Book:
         )  # fmt: skip
 
     @cached_property
-    def synthesis(self) -> NDArray[np.float32]:
-        """Float32 ``[R, C]``: basis rows as the decoder uses them."""
-        basis = self.arrays["basis"].astype(np.float32)
-        return basis * self.arrays["basis_scales"][:, None]
+    def groups(self) -> LayerGroups:
+        n_layers = int(self.facts["book.n_layers"])
+        width = self.n_channels // (2 * n_layers)
+        return LayerGroups(n_layers, width, int(self.facts["book.group_layers"]))
 
     @cached_property
-    def analysis(self) -> NDArray[np.float32]:
-        """Float32 ``[C, R]``: the coefficients whose synthesis is nearest in the metric."""
+    def network(self) -> Network:
+        features = Features(
+            self._scaled("token_vectors", "token_scales", axis=0), int(self.facts["book.history"]),
+            tuple(self.facts["book.decays"]), int(self.facts["book.decay_dims"]),
+        )  # fmt: skip
+        first = [self._scaled("hidden", "hidden_scales"), self._scaled("linear", "linear_scales")]
+        return Network(
+            features, np.concatenate(first, axis=1), self.arrays["hidden_bias"],
+            self._scaled("output", "output_scales"),
+        )  # fmt: skip
+
+    @cached_property
+    def basis(self) -> GroupedBasis:
+        rows = self._scaled("basis", "basis_scales", axis=0)
+        return GroupedBasis(self.groups, rows, self.facts["book.group_coefficients"])
+
+    @cached_property
+    def prediction(self) -> GroupedBasis:
+        rows = self._scaled("prediction", "prediction_scales", axis=0)
+        return GroupedBasis(self.groups, rows, self.facts["book.group_predictions"])
+
+    def _scaled(self, name: str, scales: str, axis: int = 1) -> Floats:
+        """An array of 8-bit integers times its scales, one for each index of ``axis``."""
+        factor = self.arrays[scales][:, None] if axis == 0 else self.arrays[scales]
+        scaled: Floats = self.arrays[name].astype(np.float32) * factor
+        return scaled
+
+    # --- the transform ------------------------------------------------------------------------
+
+    def stored(self, log_step: int) -> list[int]:
+        """How many coefficients of each group are stored at a step: the first ones, as scales
+        fall within a group."""
+        kept = ladder.class_of(self.arrays["log_sigmas"], log_step) >= 0
+        return [int(kept[span].sum()) for span in self.basis.spans()]
+
+    def columns(self, counts: Sequence[int]) -> NDArray[np.int64]:
+        """Indices of the first ``counts[g]`` coefficients of each group g."""
+        starts = self.basis.edges
+        spans = [np.arange(n) + start for start, n in zip(starts, counts, strict=False)]
+        return np.concatenate(spans).astype(np.int64)
+
+    def predict(self, context: FrameContext) -> Floats:
+        """Mean and prediction of each frame, float32 ``[n, C]``."""
+        none = [0] * self.groups.n_groups
+        return self.synthesize(self.network(context), np.zeros((len(context.pos), 0)), none)
+
+    def synthesize(
+        self, predicted: Floats, coefficients: NDArray[Any], counts: Sequence[int]
+    ) -> Floats:
+        """Frames float32 ``[n, C]`` of predicted coordinates ``[n, P]`` and the coefficients at
+        `columns` of ``counts``."""
+        frames = np.repeat(self.arrays["mean"][None], len(predicted), axis=0)
+        at = 0
+        for g, (count, span) in enumerate(zip(counts, self.prediction.spans(), strict=True)):
+            parts = [predicted[:, span], coefficients[:, at : at + count]]
+            left = np.concatenate(parts, axis=1, dtype=np.float32)
+            self.groups.put(left @ self._stacked[g][: left.shape[1]], g, frames)
+            at += count
+        return frames
+
+    def analyse(self, residual: Floats, counts: Sequence[int]) -> Floats:
+        """Coefficients at `columns` of ``counts`` whose synthesis is nearest in the metric."""
+        parts = [
+            self.groups.take(residual, g) @ self._analysis[g][:, :count]
+            for g, count in enumerate(counts)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    @cached_property
+    def _stacked(self) -> list[Floats]:
+        """Of each group the rows of prediction and basis, one above the other."""
+        pairs = zip(self.prediction.spans(), self.basis.spans(), strict=True)
+        return [
+            np.concatenate([self.prediction.rows[above], self.basis.rows[below]])
+            for above, below in pairs
+        ]
+
+    @cached_property
+    def _analysis(self) -> list[Floats]:
+        """Of each group ``[c, R_g]``."""
         metric = self.arrays["metric"].astype(np.float32)
-        size = metric.shape[1]
-        weighted = self.synthesis.reshape(-1, len(metric), size)
-        weighted = np.einsum("rbi,bij->rbj", weighted, metric, optimize=True)
-        weighted = weighted.reshape(len(self.synthesis), -1)
-        # The stored rows are not quite orthonormal in the metric: solve for them jointly.
-        gram = (weighted @ self.synthesis.T).astype(np.float64)
-        return np.linalg.solve(gram, weighted.astype(np.float64)).T.astype(np.float32)
+        found = []
+        for g, span in enumerate(self.basis.spans()):
+            rows = self.basis.rows[span]
+            blocks = metric[self.groups.tensors(g)]
+            weighted = np.matmul(
+                rows.reshape(len(rows), len(blocks), -1).transpose(1, 0, 2), blocks
+            )
+            weighted = weighted.transpose(1, 0, 2).reshape(len(rows), -1)
+            # The stored rows are not quite orthonormal in the metric: solve for them jointly.
+            gram = (weighted @ rows.T).astype(np.float64)
+            found.append(np.linalg.solve(gram, weighted.astype(np.float64)).T.astype(np.float32))
+        return found
 
-    @cached_property
-    def _vectors(self) -> NDArray[np.float32]:
-        vectors = self.arrays["token_vectors"].astype(np.float32)
-        return vectors * self.arrays["token_scales"][:, None]
+    # --- tiers --------------------------------------------------------------------------------
 
-    @cached_property
-    def _predictor(self) -> NDArray[np.float32]:
-        return self.arrays["predictor"].astype(np.float32) * self.arrays["predictor_scales"]
+    def tier(self, name: str) -> TierEntry:
+        """`UsageError` if the book has no such tier."""
+        if name not in self.tiers:
+            known = ", ".join(self.tiers) or "none"
+            raise UsageError(f"the book has no step for tier {name}; it has {known}")
+        return self.tiers[name]
 
-    def predict(self, history: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Mean and prediction, float32 ``[n, C]``.
+    def kl_of_step(self, log_step: int) -> float | None:
+        """The mean KL to be expected at a step, drawn through the tiers measured (both in
+        logarithms); None where nothing was measured."""
+        measured = self._measured()
+        if not measured:
+            return None
+        steps, kls = zip(*measured, strict=True)
+        return float(2.0 ** _through(steps, kls, float(log_step)))
 
-        ``history``: int32 ``[n, H]``, the token of each frame, then those before it; -1 for none.
-        """
-        predicted = np.repeat(self.arrays["mean"][None], len(history), axis=0)
-        width = self._vectors.shape[1]
-        for k, tokens in enumerate(history.T):
-            # Text repeats its tokens: each one's share is computed once.
-            each, which = np.unique(tokens, return_inverse=True)
-            known = (each >= 0) & (each < len(self._vectors))
-            vectors = self._vectors[np.where(known, each, 0)] * known[:, None]
-            predicted += (vectors @ self._predictor[k * width : (k + 1) * width])[which]
-        return predicted
+    def step_of_kl(self, kl: float) -> int:
+        """The coarsest step that should have at most this KL; `UsageError` if it lies more than
+        a factor of 8 beyond what was measured."""
+        measured = self._measured()
+        if not measured:
+            raise UsageError("the book was made without a model, so no KL is known for its steps")
+        steps, kls = zip(*measured, strict=True)
+        if not kls[0] - 3 <= math.log2(kl) <= kls[-1] + 3:
+            raise UsageError(
+                f"a KL of {kl:g} is too far from what the book measured, "
+                f"{2.0 ** kls[0]:.2g} to {2.0 ** kls[-1]:.2g}"
+            )
+        return math.floor(_through(kls, steps, math.log2(kl)))
+
+    def _measured(self) -> list[tuple[float, float]]:
+        """Steps and binary logarithms of KL, rising in both."""
+        found = sorted((t.log_step, t.kl) for t in self.tiers.values() if t.kl > 0)
+        rising = [(float(step), math.log2(kl)) for step, kl in found]
+        if len(rising) == 1:
+            # KL grows about as the step to the power 1.6.
+            rising.append((rising[0][0] + ladder.UNITS_PER_OCTAVE, rising[0][1] + 1.6))
+        return [
+            each for i, each in enumerate(rising)
+            if not i or (each[0] > rising[i - 1][0] and each[1] > rising[i - 1][1])
+        ]  # fmt: skip
 
     # --- bytes --------------------------------------------------------------------------------
 
@@ -183,14 +301,28 @@ class Book:
         return cls(facts, arrays, tiers)
 
 
+def _through(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """The line through neighbouring points, and beyond them at the slope of the nearest two.
+
+    >>> _through([0, 1, 3], [0, 2, 4], 5)
+    6.0
+    """
+    i = min(max(int(np.searchsorted(xs, x)), 1), len(xs) - 1)
+    return float(ys[i - 1] + (x - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1]))
+
+
 _SHAPES = {
     "mean": ("f4", "C"), "token_vectors": ("i1", "VD"), "token_scales": ("f4", "V"),
-    "predictor": ("i1", "PC"), "predictor_scales": ("f4", "C"), "basis": ("i1", "RC"),
-    "basis_scales": ("f4", "R"), "metric": ("f2", "Ncc"), "log_sigmas": ("i2", "R"),
-    "frequencies": ("u2", "KS"), "inv_freq": ("f4", "r"),
+    "hidden": ("i1", "FM"), "hidden_scales": ("f4", "M"), "hidden_bias": ("f4", "M"),
+    "linear": ("i1", "FP"), "linear_scales": ("f4", "P"), "output": ("i1", "MP"),
+    "output_scales": ("f4", "P"), "prediction": ("i1", "Pc"), "prediction_scales": ("f4", "P"),
+    "basis": ("i1", "Rc"), "basis_scales": ("f4", "R"), "metric": ("f2", "Nww"),
+    "log_sigmas": ("i2", "R"), "frequencies": ("u2", "KS"), "inv_freq": ("f4", "r"),
 }  # fmt: skip
 _FACTS = {
-    "book.history": int, "book.head_dim": int, "book.rope_scale": float, "book.rope_pairing": str
+    "book.history": int, "book.decays": list, "book.decay_dims": int, "book.head_dim": int,
+    "book.n_layers": int, "book.group_layers": int, "book.group_coefficients": list,
+    "book.group_predictions": list, "book.rope_scale": float, "book.rope_pairing": str,
 }  # fmt: skip
 
 
@@ -209,18 +341,48 @@ def _check(
             raise DamagedError(f"{where}: the book does not say {key!r}")
     if facts["book.rope_pairing"] != HALVES:
         raise UnsupportedError(f"{where}: a book of keys paired in another way than by halves")
-    whole = sizes["N"] * sizes["c"] == sizes["C"] and 0 < 2 * sizes["r"] <= facts["book.head_dim"]
-    sums = arrays["frequencies"].sum(axis=1, dtype=np.uint32)
-    if (
-        not whole
-        or sizes["P"] != facts["book.history"] * sizes["D"]
-        or not 1 <= facts["book.history"] <= _MAX_HISTORY
-        or sizes["C"] % (2 * facts["book.head_dim"])
-        or (sums != 1 << PROBABILITY_BITS).any()
-        or not arrays["frequencies"].all()
-        or any(abs(tier.log_step) > _MAX_LOG_STEP for tier in tiers.values())
+    if not (
+        _layers_fit(facts, sizes)
+        and _features_fit(facts, sizes)
+        and (arrays["frequencies"].sum(axis=1, dtype=np.uint32) == 1 << PROBABILITY_BITS).all()
+        and arrays["frequencies"].all()
+        and _falling(arrays["log_sigmas"], facts["book.group_coefficients"])
+        and all(abs(tier.log_step) <= _MAX_LOG_STEP for tier in tiers.values())
     ):
         raise DamagedError(f"{where}: the book's arrays contradict each other; damaged")
+
+
+def _layers_fit(facts: dict[str, Any], sizes: dict[str, int]) -> bool:
+    n_layers, per_group = facts["book.n_layers"], facts["book.group_layers"]
+    if not 0 < per_group <= n_layers or n_layers % per_group or facts["book.head_dim"] < 1:
+        return False
+    counts = facts["book.group_coefficients"], facts["book.group_predictions"]
+    return (
+        sizes["C"] % (2 * n_layers * facts["book.head_dim"]) == 0
+        and (sizes["N"], sizes["w"]) == (2 * n_layers, sizes["C"] // (2 * n_layers))
+        and sizes["c"] == sizes["C"] // n_layers * per_group
+        and 0 < 2 * sizes["r"] <= facts["book.head_dim"]
+        and all(len(each) == n_layers // per_group for each in counts)
+        and all(isinstance(n, int) and n >= 0 for each in counts for n in each)
+        and (sum(counts[0]), sum(counts[1])) == (sizes["R"], sizes["P"])
+    )
+
+
+def _features_fit(facts: dict[str, Any], sizes: dict[str, int]) -> bool:
+    history, decays, dims = (facts[f"book.{key}"] for key in ("history", "decays", "decay_dims"))
+    return (
+        0 <= history <= _MAX_HISTORY
+        and len(decays) <= _MAX_DECAYS
+        and all(isinstance(each, float) and 0 < each <= 0.999 for each in decays)
+        and 0 <= dims <= sizes["D"]
+        and sizes["F"] == history * sizes["D"] + len(decays) * dims + N_POSITION
+    )
+
+
+def _falling(log_sigmas: NDArray[np.int16], counts: Sequence[int]) -> bool:
+    edges = np.cumsum(counts, dtype=np.int64)
+    parts = np.split(log_sigmas.astype(np.int32), edges[:-1])
+    return all(bool((np.diff(part) <= 0).all()) for part in parts)
 
 
 def _read_array(reader: ByteReader) -> tuple[str, NDArray[Any]]:
@@ -229,16 +391,16 @@ def _read_array(reader: ByteReader) -> tuple[str, NDArray[Any]]:
         raise DamagedError(f"{reader.where}: array {name!r} has unknown type {code!r}; damaged")
     shape = tuple(reader.uvarint(limit=_MAX_ELEMENTS) for _ in range(reader.uvarint(limit=4)))
     dtype = np.dtype(_DTYPES[code])
-    n_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    n_bytes = math.prod(shape) * dtype.itemsize
     content = zstd.decompress(reader.take(reader.uvarint()), n_bytes, reader.where)
     if len(content) != n_bytes:
         raise DamagedError(f"{reader.where}: array {name!r} has the wrong size; damaged")
     return name, np.frombuffer(content, dtype).reshape(shape)
 
 
-def book_id(data: bytes) -> bytes:
+def book_id(data: bytes | memoryview) -> bytes:
     """The hash that names a book: its last 32 bytes, BLAKE3 of all before them."""
-    return data[-HASH_BYTES:]
+    return bytes(data[-HASH_BYTES:])
 
 
 @dataclass(frozen=True)
@@ -248,6 +410,14 @@ class OpenBook:
     id: str
     book: Book
     n_bytes: int
+
+    @cached_property
+    def token_coder(self) -> TokenCoder | None:
+        """What token ids are coded with; None in a book without tables for them."""
+        from ..entropy.token_ids import TokenCoder
+
+        tables = {k: v for k, v in self.book.arrays.items() if k.startswith(IDS_PREFIX)}
+        return TokenCoder(tables, f"book {self.id[:16]}") if tables else None
 
 
 def load(path: str | os.PathLike[str]) -> OpenBook:
@@ -259,8 +429,12 @@ def load(path: str | os.PathLike[str]) -> OpenBook:
 @lru_cache(maxsize=4)
 def _load(path: str, modified: int, size: int) -> OpenBook:
     """Books are large and their bases take work to prepare, so the last ones are kept."""
-    data = Path(path).read_bytes()
-    return OpenBook(book_id(data).hex(), Book.from_bytes(data, path), len(data))
+    return open_bytes(Path(path).read_bytes(), path)
+
+
+def open_bytes(data: bytes, where: str) -> OpenBook:
+    """A whole book file in memory; `DamagedError` or `UnsupportedError` if it is none."""
+    return OpenBook(book_id(data).hex(), Book.from_bytes(data, where), len(data))
 
 
 def find(wanted: str, given: str | os.PathLike[str] | None, beside: str) -> OpenBook:

@@ -101,6 +101,11 @@ class Container:
             raise DamagedError(f"{where}: is not the record the index promises; damaged")
         return payload
 
+    def extras(self, type_: int) -> list[RecordRef]:
+        """Records of a type that belong to no block or snapshot, oldest first."""
+        found = [extra for segment in self.segments for extra in segment.extras]
+        return [extra.ref for extra in found if extra.type == type_]
+
     def _pread(self, ref: RecordRef, where: str) -> bytes:
         parts = []
         at, left = ref.offset, ref.length

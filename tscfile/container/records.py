@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,16 +17,20 @@ from numpy.typing import NDArray
 
 from ..bytestream import Allowance, ByteReader, ByteWriter
 from ..dtypes import dtype_from_ggml
-from ..entropy import ints
+from ..entropy import ints, zstd
 from ..errors import DamagedError, TruncatedError, UnsupportedError
 from ..model import CellTable, TensorSpec, tensor_runs
+
+Tokens = Callable[[], NDArray[np.int32]]
 
 VERSION = (1, 0)
 KNOWN_FEATURES = 0
 """Required-feature bits that this build understands."""
 
-CHUNK, OPAQUE, SNAPSHOT, INDEX = 1, 2, 3, 4
-RECORD_NAMES = {CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index"}
+CHUNK, OPAQUE, SNAPSHOT, INDEX, BOOK = 1, 2, 3, 4, 6
+RECORD_NAMES = {
+    CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index", BOOK: "book",
+}  # fmt: skip
 CRITICAL = 1
 
 RECORD_ALIGNMENT = 8
@@ -41,6 +46,10 @@ ID_BYTES = 16
 _REF_MEMORY, _CHUNK_MEMORY, _BLOCK_MEMORY, _EXTRA_MEMORY = 128, 320, 320, 192
 _VALUE_MEMORY, _ITEM_MEMORY, _TENSOR_MEMORY = 256, 64, 192
 _RUN_MEMORY, _TRACK_MEMORY, _OPAQUE_MEMORY = 160, 2048, 384
+_TOKEN_MEMORY = 12
+
+_STRUCTURE_LEVEL = 19
+_DICTIONARY_BYTES = 1 << 16
 
 
 def checksum(data: bytes | memoryview | bytearray) -> int:
@@ -261,7 +270,8 @@ class BlockEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExtraEntry:
-    """A record of a kind that version 1.0 does not have; `Index.read` says what becomes of it."""
+    """A record that belongs to no block or snapshot: a book, or one of a kind that this build does
+    not know; `Index.read` says what becomes of those."""
 
     type: int
     flags: int
@@ -316,7 +326,7 @@ class Index:
         extras = [ExtraEntry.read(reader) for _ in range(n_extras)]
         reader.end()
         for extra in extras:
-            if extra.flags & CRITICAL:
+            if extra.flags & CRITICAL and extra.type not in RECORD_NAMES:
                 raise UnsupportedError(
                     f"{where}: record type {extra.type} must be understood and this build does "
                     "not; a newer tscfile may"
@@ -407,6 +417,22 @@ def _read_scalar(reader: ByteReader, type_: int) -> Any:
     raise DamagedError(f"{reader.where}: metadata value of unknown type {type_}; damaged")
 
 
+USUAL_METADATA: dict[str, Any] = {
+    "has_outputs": False, "has_streams": True, "ext_bytes": 0, "has_rotation": False,
+    "container": "sequence", "version": 9, "generation": "G", "parts": "kv", "kind": "plain",
+    "n_stream": [1], "cell_counts": [0], "arch": "llama", "token_form": "plain", "v_trans": 0,
+    "format": "llama.cpp", "attributes": "transformers", "layers": [0, 1, 2, 3, 4, 5, 6, 7],
+    "sliding_window": 4096, "rope_scaling_factor": 1.0, "rope_scaling_original_context": 8192,
+    "architecture": "qwen3", "name": "llama", "n_layers": 32, "n_heads": 32, "n_kv_heads": 8,
+    "head_dim_k": 128, "head_dim_v": 128, "rope_base": 10000.0, "rope_dim": 128,
+    "rope_scaling": "none", "vocab_size": 128256, "tokenizer_blake3": "0123456789abcdef",
+    "weights_blake3": "0123456789abcdef", "book": "0123456789abcdef", "log_step": 0,
+    "expected_kl": 0.01, "rope_pairing": "neox", "full": "norm", "keyframe": "balanced",
+    "append": "lossless", "truncate+append": "session",
+}  # fmt: skip
+"""What the structure of a snapshot without parent is compressed against, as metadata. Part of the
+format: it never changes."""
+
 # --- snapshots --------------------------------------------------------------------------------
 
 
@@ -421,6 +447,31 @@ class FrameRun:
     block: int
     first: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Token ids as a snapshot stores them: the first ``kept`` of its parent's, then ``count`` in
+    ``data``; ``coding`` is one of `entropy.ints` or of `tscfile.tokens`."""
+
+    kept: int
+    count: int
+    coding: int
+    data: bytes
+
+    def __len__(self) -> int:
+        return self.kept + self.count
+
+    def write(self, writer: ByteWriter) -> None:
+        writer.uvarint(self.kept).uvarint(self.count)
+        writer.u8(self.coding).uvarint(len(self.data)).raw(self.data)
+
+    @classmethod
+    def read(cls, reader: ByteReader, n_parent: int) -> TokenIds:
+        """``n_parent``: how many tokens the parent has."""
+        kept, count = reader.uvarint(limit=n_parent), reader.uvarint(limit=0x7FFFFFFF)
+        reader.claim(_TOKEN_MEMORY * (kept + count))
+        return cls(kept, count, reader.u8(), bytes(reader.take(reader.uvarint())))
 
 
 @dataclass
@@ -444,7 +495,7 @@ class TrackRecord:
         _write_cells(writer, self.cells, tokens)
 
     @classmethod
-    def read(cls, reader: ByteReader, tokens: NDArray[np.int32], max_cells: int) -> TrackRecord:
+    def read(cls, reader: ByteReader, tokens: Tokens, max_cells: int) -> TrackRecord:
         cache, stream = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
         attributes = read_metadata(reader)
         tensors = _read_tensors(reader)
@@ -506,32 +557,39 @@ class SnapshotRecord:
     source: dict[str, Any]
     identity: dict[str, Any]
     coding: dict[str, Any]
-    tokens: NDArray[np.int32]
+    ids: TokenIds
     tracks: list[TrackRecord]
     opaque: list[OpaqueEntry] = field(default_factory=list)
 
-    def write(self, parent_tokens: NDArray[np.int32]) -> bytes:
-        """``parent_tokens``: int32 ``[n]`` of the parent, empty without one."""
-        writer = ByteWriter().uvarint(self.number)
-        writer.uvarint(0 if self.parent is None else self.parent + 1)
-        writer.string(self.plan).string(self.tier).string(self.name)
+    def structure(self, tokens: NDArray[np.int32]) -> bytes:
+        """All but number, parent and ids, before it is compressed. ``tokens``: int32 ``[n]``, what
+        ``ids`` stand for."""
+        writer = ByteWriter().string(self.plan).string(self.tier).string(self.name)
         write_metadata(writer, self.source)
         write_metadata(writer, self.identity)
         write_metadata(writer, self.coding)
-        kept = common_prefix(parent_tokens, self.tokens)
-        writer.uvarint(kept).uvarint(len(self.tokens) - kept)
-        ints.write(writer, self.tokens[kept:])
         writer.uvarint(len(self.tracks))
         for track in self.tracks:
-            track.write(writer, self.tokens)
+            track.write(writer, tokens)
         writer.uvarint(len(self.opaque))
         for entry in self.opaque:
             entry.write(writer)
         return writer.bytes()
 
+    def write(self, tokens: NDArray[np.int32], parent_structure: bytes) -> bytes:
+        """``parent_structure``: what the parent's `structure` is, empty without one. Most of it
+        holds for this snapshot too."""
+        structure = self.structure(tokens)
+        writer = ByteWriter().uvarint(self.number)
+        writer.uvarint(0 if self.parent is None else self.parent + 1)
+        self.ids.write(writer)
+        dictionary = dictionary_of(parent_structure)
+        packed = zstd.compress(structure, _STRUCTURE_LEVEL, dictionary)
+        return writer.uvarint(len(structure)).raw(packed).bytes()
+
     @staticmethod
     def read_parent(data: memoryview, where: str) -> int | None:
-        """The parent's number alone: it must be read first, for its tokens."""
+        """The parent's number alone: it must be read first, for its structure."""
         reader = ByteReader(data, where)
         number, parent = reader.uvarint(), reader.uvarint()
         if parent > number:
@@ -542,19 +600,29 @@ class SnapshotRecord:
     def read(
         cls,
         data: memoryview,
-        parent_tokens: NDArray[np.int32],
+        parent: SnapshotRecord | None,
+        parent_structure: bytes,
+        tokens_of: Callable[[TokenIds, dict[str, Any]], NDArray[np.int32]],
         max_cells: int,
         where: str,
         allowance: Allowance,
-    ) -> SnapshotRecord:
-        """``max_cells``: the number of frames in all blocks of the file."""
-        reader = ByteReader(data, where, allowance)
-        number, parent = reader.uvarint(), reader.uvarint()
+    ) -> tuple[SnapshotRecord, bytes]:
+        """The record and its structure. ``tokens_of``: decodes ids, given the coding; called only
+        if cells refer to them. ``max_cells``: the number of frames in all blocks."""
+        start = ByteReader(data, where, allowance)
+        number = start.uvarint()
+        start.uvarint()
+        ids = TokenIds.read(start, 0 if parent is None else len(parent.ids))
+        length = start.uvarint(limit=MAX_CHUNK_BYTES)
+        start.claim(2 * length)
+        dictionary = dictionary_of(parent_structure)
+        structure = zstd.decompress(start.take(start.remaining), length, where, dictionary)
+        if len(structure) != length:
+            raise DamagedError(f"{where}: its structure has the wrong size; damaged")
+        reader = ByteReader(structure, where, allowance)
         plan, tier, name = reader.string(), reader.string(), reader.string()
         source, identity, coding = (read_metadata(reader) for _ in range(3))
-        kept = reader.uvarint(limit=len(parent_tokens))
-        reader.claim(4 * kept)
-        tokens = np.concatenate([parent_tokens[:kept], ints.read(reader, reader.uvarint())])
+        tokens = cache(lambda: tokens_of(ids, coding))
         n_tracks = reader.count(item_bytes=8, item_memory=_TRACK_MEMORY)
         tracks = [TrackRecord.read(reader, tokens, max_cells) for _ in range(n_tracks)]
         n_opaque = reader.count(item_bytes=20, item_memory=_OPAQUE_MEMORY)
@@ -564,10 +632,21 @@ class SnapshotRecord:
             raise DamagedError(f"{where}: two tracks are the same cache and stream; damaged")
         if len({entry.name for entry in opaque}) < len(opaque):
             raise DamagedError(f"{where}: two opaque parts have the same name; damaged")
-        return cls(
-            number, parent - 1 if parent else None, plan, tier, name, source, identity,
-            coding, tokens, tracks, opaque,
+        record = cls(
+            number, None if parent is None else parent.number, plan, tier, name, source, identity,
+            coding, ids, tracks, opaque,
         )  # fmt: skip
+        return record, structure
+
+
+def dictionary_of(parent_structure: bytes) -> bytes:
+    """What the structure of a snapshot is compressed against: the end of its parent's, or, without
+    a parent, the metadata that most snapshots have."""
+    if parent_structure:
+        return parent_structure[-_DICTIONARY_BYTES:]
+    writer = ByteWriter()
+    write_metadata(writer, USUAL_METADATA)
+    return writer.bytes()
 
 
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
@@ -618,7 +697,7 @@ def _write_cells(writer: ByteWriter, cells: CellTable, tokens: NDArray[np.int32]
             ints.write(writer, column)
 
 
-def _read_cells(reader: ByteReader, n_cells: int, tokens: NDArray[np.int32]) -> CellTable:
+def _read_cells(reader: ByteReader, n_cells: int, tokens: Tokens) -> CellTable:
     pos, seq_counts = ints.read(reader, n_cells), ints.read(reader, n_cells)
     n_ids = int(seq_counts.sum(dtype=np.int64))
     # A cell is shared by a handful of sequences; llama.cpp allows 256.
@@ -633,7 +712,7 @@ def _read_cells(reader: ByteReader, n_cells: int, tokens: NDArray[np.int32]) -> 
         if coding == _EXT_POSITION:
             ext[:, column] = pos
         elif coding == _EXT_TOKEN:
-            ext[:, column] = _token_at(pos, tokens)
+            ext[:, column] = _token_at(pos, tokens())
         elif coding == _EXT_CODED:
             ext[:, column] = ints.read(reader, n_cells)
         else:

@@ -22,6 +22,10 @@ LARGEST = 15
 """Symbols 0 to 30 are the values 0, 1, -1, 2, -2, … 15, -15; 31 says that the value follows."""
 
 
+_NUMBERS = np.arange(N_SYMBOLS, dtype=np.int32)
+_VALUE_OF_SYMBOL = np.where(_NUMBERS & 1, (_NUMBERS + 1) >> 1, -(_NUMBERS >> 1)).astype(np.int32)
+
+
 def class_of(log_sigmas: NDArray[np.int16], log_step: int) -> NDArray[np.int64]:
     """Class of each coefficient, int64 ``[R]``; -1 for those that are not stored."""
     units = log_sigmas.astype(np.int64) - log_step - LOWEST
@@ -32,7 +36,7 @@ def class_of(log_sigmas: NDArray[np.int16], log_step: int) -> NDArray[np.int64]:
 def to_symbols(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Symbols of ``values`` and those values that escape, in order."""
     size = np.abs(values)
-    symbols = np.where(values > 0, 2 * size - 1, 2 * size)
+    symbols = 2 * size - (values > 0)
     escapes = size > LARGEST
     symbols[escapes] = ESCAPE
     return np.ascontiguousarray(symbols, np.uint8), values[escapes]
@@ -40,10 +44,10 @@ def to_symbols(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np
 
 def from_symbols(symbols: NDArray[np.uint8], escaped: NDArray[np.int32]) -> NDArray[np.int32]:
     """Undo `to_symbols`; the number of escapes must fit."""
-    wide = symbols.astype(np.int32)
-    values = np.where(wide & 1, (wide + 1) >> 1, -(wide >> 1))
-    values[symbols == ESCAPE] = escaped
-    return values.astype(np.int32)
+    values = _VALUE_OF_SYMBOL[symbols]
+    if len(escaped):
+        values[symbols == ESCAPE] = escaped
+    return values
 
 
 def normalise(counts: NDArray[np.float64]) -> NDArray[np.uint16]:

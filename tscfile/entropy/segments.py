@@ -26,12 +26,14 @@ def encode(
     writer: ByteWriter, values: NDArray[np.int32], log_step: int,
     classes: NDArray[np.int64], frequencies: NDArray[np.uint16],
 ) -> None:  # fmt: skip
-    """Append int32 ``[n, R]``; columns of class -1 must be zero."""
-    used = classes >= 0
-    symbols, escaped = ladder.to_symbols(np.ascontiguousarray(values[:, used]))
+    """Append int32 ``[n, U]``, the coefficients that are stored at this step.
+
+    ``classes``: int64 ``[U]``, the class of each (`ladder`).
+    """
+    symbols, escaped = ladder.to_symbols(values)
     writer.uvarint(len(values)).pack("h", log_step)
     if symbols.size:
-        column_classes = classes[used].astype(np.uint8)
+        column_classes = classes.astype(np.uint8)
         guess = ops.rans_encode(symbols, column_classes, frequencies, 1)[0].nbytes
         lanes = int(np.clip(guess // _BYTES_PER_LANE, 1, ops.LANES))
         words, lengths = ops.rans_encode(symbols, column_classes, frequencies, lanes)
@@ -44,30 +46,30 @@ def encode(
 
 
 def decode(
-    reader: ByteReader, n_coefficients: int, log_sigmas: NDArray[np.int16],
-    frequencies: NDArray[np.uint16], max_frames: int,
+    reader: ByteReader, log_sigmas: NDArray[np.int16], frequencies: NDArray[np.uint16],
+    max_frames: int,
 ) -> tuple[int, NDArray[np.int32]]:  # fmt: skip
-    """The next segment's ``log_step`` and int32 ``[n, R]``."""
+    """The next segment's ``log_step`` and int32 ``[n, U]``: the coefficients that have a class at
+    this step, in ascending order. `DamagedError` for a segment that is none."""
     n_frames = reader.uvarint(limit=max_frames)
+    if not n_frames:
+        raise DamagedError(f"{reader.where}: a segment without frames; damaged")
     (log_step,) = reader.unpack("h")
     classes = ladder.class_of(log_sigmas, log_step)
-    used = classes >= 0
-    values = np.zeros((n_frames, n_coefficients), np.int32)
-    symbols = np.zeros((n_frames, int(used.sum())), np.uint8)
+    column_classes = classes[classes >= 0].astype(np.uint8)
+    symbols = np.zeros((n_frames, len(column_classes)), np.uint8)
     if not symbols.size:
-        return log_step, values
+        return log_step, symbols.astype(np.int32)
     lanes = reader.uvarint(limit=ops.LANES)
     lengths = np.array([reader.uvarint(limit=symbols.size + 2) for _ in range(lanes)], np.uint32)
     raw = reader.take(2 * int(lengths.sum(dtype=np.uint64)))
     words = np.frombuffer(raw, "<u2").astype(np.uint16)
     numbers = np.arange(ladder.N_SYMBOLS, dtype=np.uint8)
-    column_classes = classes[used].astype(np.uint8)
     if not ops.rans_decode(words, lengths, column_classes, frequencies, numbers, symbols):
         raise DamagedError(f"{reader.where}: an entropy-coded lane does not end as it should")
     n_escaped = int((symbols == ladder.ESCAPE).sum())
     escaped = np.fromiter(_escapes(reader, n_escaped), np.int32, n_escaped)
-    values[:, used] = ladder.from_symbols(symbols, escaped)
-    return log_step, values
+    return log_step, ladder.from_symbols(symbols, escaped)
 
 
 def _escapes(reader: ByteReader, count: int) -> Iterator[int]:

@@ -20,7 +20,7 @@ from ..errors import DamagedError
 from . import token_tables
 from .token_learning import learn as learn
 
-MOST_CONTEXT = 1 << 16
+MOST_CONTEXT = 1 << 12
 """Tokens before those that are coded that the model looks at."""
 
 _MOST_TOKENS_PER_BYTE = 1 << 14

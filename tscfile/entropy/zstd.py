@@ -12,9 +12,12 @@ from ..errors import DamagedError
 LEVEL = 12
 
 
-def compress(data: bytes | memoryview, level: int = LEVEL) -> bytes:
-    """One zstd frame that states its content size."""
-    return zstandard.ZstdCompressor(level=level).compress(data)
+def compress(
+    data: bytes | memoryview, level: int = LEVEL, dictionary: bytes | memoryview = b""
+) -> bytes:
+    """One zstd frame that states its content size; ``dictionary`` is taken to stand before it."""
+    made = zstandard.ZstdCompressor(level=level, dict_data=_raw(dictionary))
+    return made.compress(data)
 
 
 def store(data: bytes) -> bytes:
@@ -32,7 +35,16 @@ def store(data: bytes) -> bytes:
     return bytes(frame)
 
 
-def decompress(data: bytes | memoryview, limit: int, where: str) -> bytes:
+def _raw(dictionary: bytes | memoryview) -> zstandard.ZstdCompressionDict | None:
+    if not dictionary:
+        return None
+    raw = zstandard.DICT_TYPE_RAWCONTENT
+    return zstandard.ZstdCompressionDict(bytes(dictionary), dict_type=raw)
+
+
+def decompress(
+    data: bytes | memoryview, limit: int, where: str, dictionary: bytes | memoryview = b""
+) -> bytes:
     """Content of one zstd frame; `DamagedError` if it is broken or larger than ``limit`` bytes.
 
     The frame's stated size is checked before anything is allocated.
@@ -47,7 +59,8 @@ def decompress(data: bytes | memoryview, limit: int, where: str) -> bytes:
     if size > limit:
         raise DamagedError(f"{where}: zstd frame of {size} bytes where at most {limit} belong")
     try:
-        content = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+        made = zstandard.ZstdDecompressor(dict_data=_raw(dictionary))
+        content = made.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError:
         raise broken() from None
     if len(content) != size:
