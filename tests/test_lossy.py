@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ from conftest import REGENERATED, SAMPLES, SESSION, SESSION_BF16, TURNS
 import tscfile
 from tscfile.archive import Archive, is_exact
 from tscfile.books.book import Book, load
+from tscfile.books.learn import learn
+from tscfile.books.measure import TARGETS
 from tscfile.bytestream import ByteReader, ByteWriter
+from tscfile.context import FrameContext
 from tscfile.entropy import ladder, segments
-from tscfile.errors import DamagedError, MismatchError, TscError, UsageError
+from tscfile.errors import DamagedError, MismatchError, TscError, UnsupportedError, UsageError
 from tscfile.identity import identity_from_gguf
+from tscfile.model import Snapshot
 from tscfile.quantizers import uniform
 from tscfile.sources import open_source
 from tscfile.transforms import channels
@@ -55,46 +60,53 @@ def test_classes_rise_with_the_scale_and_drop_the_narrow() -> None:
     assert classes.max() == ladder.N_CLASSES - 1
 
 
+def _drawn(book: Book, n_frames: int, log_step: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers as wide as the book says, and the classes of their coefficients."""
+    rng = np.random.default_rng(seed)
+    classes = ladder.class_of(book.log_sigmas, log_step)
+    spread = 2.0 ** ((book.log_sigmas[classes >= 0].astype(float) - log_step) / 256)
+    values = np.rint(rng.normal(0, spread, (n_frames, len(spread)))).astype(np.int32)
+    return values, classes[classes >= 0]
+
+
 @pytest.mark.parametrize("n_frames", [1, 7, 256])
 def test_segments_come_back(book: Book, n_frames: int) -> None:
-    rng = np.random.default_rng(n_frames)
     log_step = int(np.median(book.log_sigmas))
-    classes = ladder.class_of(book.log_sigmas, log_step)
-    spread = 2.0 ** ((book.log_sigmas - log_step) / 256)
-    values = np.rint(rng.normal(0, spread, (n_frames, len(spread)))).astype(np.int32)
-    values[:, classes < 0] = 0
+    values, classes = _drawn(book, n_frames, log_step, n_frames)
     values[0, 0] = 100_000
     writer = ByteWriter()
     segments.encode(writer, values, log_step, classes, book.frequencies)
     reader = ByteReader(writer.bytes(), "test")
-    step, found = segments.decode(
-        reader, book.n_coefficients, book.log_sigmas, book.frequencies, n_frames
-    )
+    step, found = segments.decode(reader, book.log_sigmas, book.frequencies, n_frames)
     reader.end()
     assert step == log_step and (found == values).all()
 
 
 def test_segments_are_near_the_ideal_length(book: Book) -> None:
-    rng = np.random.default_rng(0)
-    log_step = int(np.median(book.log_sigmas))
-    classes = ladder.class_of(book.log_sigmas, log_step)
-    used = np.flatnonzero(classes >= 0)
-    chances = book.frequencies[classes[used]] / 4096
-    draws = [rng.choice(31, 256, p=row[:31] / row[:31].sum()) for row in chances]
-    symbols = np.stack(draws, axis=1).astype(np.uint8)
-    values = np.zeros((256, len(classes)), np.int32)
-    values[:, used] = ladder.from_symbols(symbols, np.zeros(0, np.int32))
+    """Within 2 % of the code length, and of what another rANS coder makes of the same symbols."""
+    constriction = pytest.importorskip("constriction")
+    log_step = int(np.median(book.log_sigmas)) + 256
+    values, classes = _drawn(book, 256, log_step, 0)
+    values = values.clip(-15, 15)
     writer = ByteWriter()
     segments.encode(writer, values, log_step, classes, book.frequencies)
-    ideal = -np.log2(chances[np.arange(len(used)), symbols]).sum() / 8
-    assert len(writer) <= 1.02 * ideal + 16
+    symbols, _ = ladder.to_symbols(values)
+    chances = book.frequencies / 4096
+    ideal = -np.log2(chances[classes[None], symbols]).sum() / 8
+    coder = constriction.stream.stack.AnsCoder()
+    for k in np.unique(classes):
+        model = constriction.stream.model.Categorical(chances[k], perfect=False)
+        coder.encode_reverse(symbols[:, classes == k].astype(np.int32).ravel(), model)
+    oracle = 4 * len(coder.get_compressed())
+    assert len(writer) <= 1.02 * ideal + 16 and len(writer) <= 1.02 * oracle + 16
+    assert abs(oracle - ideal) <= 0.005 * ideal + 16
 
 
 def test_damaged_segments_are_refused_or_decoded(book: Book) -> None:
     rng = np.random.default_rng(1)
-    values = rng.integers(-2, 3, (16, book.n_coefficients)).astype(np.int32)
     log_step = int(book.log_sigmas.min())
-    classes = ladder.class_of(book.log_sigmas, log_step)
+    values, classes = _drawn(book, 16, log_step, 1)
+    values = values.clip(-2, 2)
     writer = ByteWriter()
     segments.encode(writer, values, log_step, classes, book.frequencies)
     whole = writer.bytes()
@@ -104,9 +116,8 @@ def test_damaged_segments_are_refused_or_decoded(book: Book) -> None:
         for data in (bytes(broken), whole[:at]):
             try:
                 segments.decode(
-                    ByteReader(data, "test"), book.n_coefficients, book.log_sigmas,
-                    book.frequencies, 16,
-                )  # fmt: skip
+                    ByteReader(data, "test"), book.log_sigmas, book.frequencies, 16
+                )
             except TscError:
                 pass
 
@@ -155,9 +166,80 @@ def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
 
 
 def test_book_tiers_are_in_order(book: Book) -> None:
-    near, balanced, compact = (book.tiers[name] for name in ("near", "balanced", "compact"))
-    assert near.log_step < balanced.log_step < compact.log_step
-    assert near.kl <= 0.001 and balanced.kl <= 0.01 and compact.kl <= 0.05
+    for finer, coarser in pairwise(TARGETS):
+        assert book.tiers[finer].log_step < book.tiers[coarser].log_step
+        assert book.tiers[finer].ratio < book.tiers[coarser].ratio
+    assert all(book.tiers[name].kl <= target for name, target in TARGETS.items())
+
+
+def test_the_expected_kl_goes_through_what_was_measured(book: Book) -> None:
+    for tier in book.tiers.values():
+        assert book.kl_of_step(tier.log_step) == pytest.approx(tier.kl)
+        assert abs(book.step_of_kl(tier.kl) - tier.log_step) <= 1
+    between = book.step_of_kl(0.5 * (book.tiers["near"].kl + book.tiers["balanced"].kl))
+    assert book.tiers["near"].log_step < between < book.tiers["balanced"].log_step
+    with pytest.raises(UsageError, match="too far"):
+        book.step_of_kl(1e-9)
+
+
+def test_prediction_is_what_its_definition_says(book: Book) -> None:
+    """Every feature added up one by one, at positions with gaps and without tokens."""
+    tokens = open_source(SESSION).tokens
+    pos = np.array([0, 1, 2, 399, 400, 700, -3, 150, 151, 152], np.int32)
+    features = book.network.features
+    dense = features.dense(FrameContext(pos, tokens))
+    for i, p in enumerate(pos.tolist()):
+        parts = []
+        for decay in features.decays:
+            weights = decay ** np.arange(max(p, 0) + 1.0)
+            seen = [t for t in range(max(p, 0) + 1) if p >= 0 and t < len(tokens)]
+            vectors = features.vectors[tokens[seen]][:, : features.decay_dims]
+            parts.append(weights[[p - t for t in seen]] @ vectors / weights.sum())
+        at = max(p, 0)
+        parts.append([np.log2(at + 1) / 16, 1 / (at + 1)])
+        assert np.abs(dense[i] - np.concatenate(parts)).max() < 1e-5, p
+    together = book.network(FrameContext(np.arange(300, dtype=np.int32), tokens))
+    alone = book.network(FrameContext(np.array([299], np.int32), tokens))
+    assert np.abs(together[299] - alone[0]).max() < 1e-3 * np.abs(alone).max()
+
+
+def test_layers_in_groups_code_as_well_as_their_bases_say(tmp_path: Path) -> None:
+    """A book of two groups: each has its own basis, and frames come back through both."""
+    snapshots = [_identified(path) for path in (SESSION, TURNS[-1])]
+    whole, halves = learn(snapshots), learn(snapshots, group_channels=768)
+    assert halves.groups.n_groups == 2 and len(halves.facts["book.group_coefficients"]) == 2
+    sizes = []
+    for i, made in enumerate((whole, halves)):
+        path = tmp_path / f"{i}.tscbook"
+        path.write_bytes(made.to_bytes())
+        report = tscfile.pack(snapshots[0], tmp_path / f"{i}.tsc", book=path, tier="balanced")
+        sizes.append(report.file_bytes)
+        with Archive(tmp_path / f"{i}.tsc", book=path) as archive:
+            (keys, *_) = archive.read(frames=(0, 400), layers=[5])
+        true = snapshots[0].tracks[0].read(0, 400)[keys.tensor.layer].view("<f2").astype(float)
+        assert np.square(keys.values - true).mean() < 0.1 * true.var()
+    # Two small transforms find less in common than a large one.
+    assert sizes[0] < sizes[1] < 2 * sizes[0]
+
+
+def test_a_plain_book_is_learnt_from_states(tmp_path: Path) -> None:
+    path = tmp_path / "plain.tscbook"
+    path.write_bytes(learn([_identified(path) for path in TURNS]).to_bytes())
+    report = tscfile.pack(
+        SESSION, tmp_path / "x.tsc", book=path, tier="balanced", identity=identity_from_gguf(MODEL)
+    )
+    assert report.raw_bytes / report.file_bytes > 8
+    with pytest.raises(UsageError, match="no KL is known"):
+        tscfile.pack(SESSION, tmp_path / "y.tsc", book=path, target_kl=0.01,
+                     identity=identity_from_gguf(MODEL))  # fmt: skip
+    with pytest.raises(UnsupportedError, match="--model"):
+        learn([open_source(SESSION)])
+
+
+def _identified(path: Path) -> Snapshot:
+    snapshot = open_source(path)
+    snapshot.identity = identity_from_gguf(MODEL)
+    return snapshot
 
 
 # --- archives ---------------------------------------------------------------------------------
@@ -180,6 +262,44 @@ def test_a_missing_or_wrong_book_is_named(packed: Path, tmp_path: Path, book: Bo
     with Archive(packed) as archive:
         assert archive.read(frames=(0, 1))
     (packed.parent / "found.tscbook").unlink()
+
+
+def test_an_embedded_book_is_found(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "alone.tsc"
+    identity = identity_from_gguf(MODEL)
+    tscfile.pack(SESSION, path, book=BOOK, embed_book=True, identity=identity)
+    assert path.stat().st_size > BOOK.stat().st_size
+    with Archive(path) as archive, Archive(packed, book=BOOK) as other:
+        inside, outside = archive.read(frames=(0, 9)), other.read(frames=(0, 9))
+    assert all((a.values == b.values).all() for a, b in zip(inside, outside, strict=True))
+    assert not tscfile.verify(path).problems
+    tscfile.pack(TURNS[0], tmp_path / "s.tsc", book=BOOK, embed_book=True, identity=identity)
+    for turn in TURNS[1:]:
+        assert tscfile.append(turn, tmp_path / "s.tsc").plan == "append"
+
+
+@pytest.mark.parametrize("ratio", [60, 300])
+def test_a_target_ratio_is_met(ratio: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.tsc"
+    identity = identity_from_gguf(MODEL)
+    report = tscfile.pack(SESSION, path, book=BOOK, target_ratio=ratio, identity=identity)
+    assert 0.97 * ratio < report.raw_bytes / report.file_bytes < 1.2 * ratio
+    assert report.tier == "custom"
+    with pytest.raises(UsageError, match="out of reach"):
+        tscfile.pack(SESSION, path, book=BOOK, target_ratio=1e5, force=True, identity=identity)
+
+
+def test_a_target_kl_chooses_the_step(tmp_path: Path) -> None:
+    path = tmp_path / "x.tsc"
+    identity = identity_from_gguf(MODEL)
+    tscfile.pack(TURNS[0], path, book=BOOK, target_kl=0.003, identity=identity)
+    tscfile.append(TURNS[1], path, book=BOOK)
+    with Archive(path, book=BOOK) as archive:
+        first, second = archive.record(0), archive.record(1)
+    assert first.coding["expected_kl"] == pytest.approx(0.003, rel=0.02)
+    assert second.tier == "custom" and second.coding == first.coding
+    with pytest.raises(UsageError, match="one of"):
+        tscfile.pack(SESSION, path, book=BOOK, tier="near", target_kl=0.01, force=True)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -230,12 +350,18 @@ def test_appended_turns_are_what_one_encoding_gives(tmp_path: Path) -> None:
         assert report.plan == "append" and report.n_frames_new == 80
         assert report.bytes_added < 8_000
     tscfile.pack(TURNS[-1], at_once, book=BOOK, identity=identity)
+    true = open_source(TURNS[-1]).tracks[0].read(0, 410)
     with Archive(grown, book=BOOK) as one, Archive(at_once, book=BOOK) as other:
-        for a, b in zip(
-            one.snapshot().tracks[0].read(0, 410), other.snapshot().tracks[0].read(0, 410),
+        for a, b, c in zip(
+            one.snapshot().tracks[0].read(0, 410), other.snapshot().tracks[0].read(0, 410), true,
             strict=True,
         ):  # fmt: skip
-            assert np.abs(a.view("<f2").astype(float) - b.view("<f2")).max() < 0.05
+            once, appended, exact = (each.view("<f2").astype(float) for each in (b, a, c))
+            # Frames that were the newest of a save took a finer step then and keep it; the others
+            # are the same to the rounding of sums.
+            assert np.square(appended - exact).mean() <= 1.02 * np.square(once - exact).mean()
+            apart = np.abs(appended[:50] - once[:50]).max()
+            assert apart < 0.05
     report = tscfile.append(REGENERATED, grown, book=BOOK)
     assert report.plan == "truncate+append" and report.n_frames_kept == 228
 
@@ -276,11 +402,11 @@ def test_tiers_keep_their_promise_on_held_out_text() -> None:
     from tscfile.quality.windows import read_text
 
     text = read_text(SAMPLES / "texts" / "heldout.txt")
-    codecs = [TierCodec(name, BOOK) for name in ("near", "balanced", "compact")]
+    codecs = [TierCodec(name, BOOK) for name in TARGETS]
     report = evaluate(Engine(MODEL), text, codecs, Plan(frames=(768,), n_windows=8))
     found = {result.codec: result for result in report.results}
-    for name, kl, ratio in (("near", 0.001, 45), ("balanced", 0.01, 140), ("compact", 0.05, 400)):
-        assert found[name].continuation.kl_mean <= kl, name
+    for name, ratio in (("near", 50), ("balanced", 180), ("compact", 500), ("archive", 900)):
+        assert found[name].continuation.kl_mean <= TARGETS[name], name
         assert found[name].snapshot_ratio >= ratio, name
 
 

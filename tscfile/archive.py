@@ -292,8 +292,8 @@ class Archive:
         record = self.record(number)
         # The first of its tokens are the parent's, and so on: a loop, as chains are long.
         chain = [record]
-        while chain[-1].number not in self._tokens and chain[-1].parent is not None:
-            chain.append(self.record(chain[-1].parent))
+        while chain[-1].number not in self._tokens and chain[-1].ids.kept:
+            chain.append(self.record(chain[-1].parent))  # type: ignore[arg-type]
         for each in reversed(chain):
             if each.number in self._tokens:
                 continue

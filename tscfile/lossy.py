@@ -24,7 +24,7 @@ from .container.records import ChunkHeader
 from .container.writer import EncodedChunk
 from .context import FrameContext
 from .entropy import ladder, segments
-from .errors import DamagedError, MismatchError, UnsupportedError
+from .errors import MismatchError, UnsupportedError
 from .identity import ROPE_PAIRING, compare
 from .model import ModelIdentity, TensorSpec
 from .quantizers import uniform

@@ -89,9 +89,9 @@ def pack(
 
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
     default where a ``book`` is given, which all tiers but "lossless" need. ``embed_book``: put the
-    book into the archive, which then needs no other file. ``target_kl`` (nats), ``target_ratio``: in
-    place of a tier, the step that the book expects to have this KL, or the finest that makes the
-    archive so small. ``identity``: what is known of the model
+    book into the archive, which then needs no other file. ``target_kl`` (nats), ``target_ratio``:
+    in place of a tier, the step that the book expects to have this KL, or the finest that makes
+    the archive so small. ``identity``: what is known of the model
     (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
@@ -143,7 +143,8 @@ def append(
         old = archive.record(parent) if parent is not None else None
         _identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
-        coder = _coder(chosen, book, snapshot, Target(), archive if old and old.coding else None, old)
+        source = archive if old and old.coding else None
+        coder = _coder(chosen, book, snapshot, Target(), source, old)
         planned = _plan(archive, snapshot, parent, n_common, coder)
         before = archive.container.whole_end
         try:
@@ -428,8 +429,10 @@ def _store(
     """Add the missing blocks and the snapshot record; returns the snapshot's number."""
     parent, before, structure = None, np.zeros(0, np.int32), b""
     if archive and planned.parent is not None:
-        parent, before = archive.record(planned.parent), archive.tokens(planned.parent)
-        structure = archive.structure(planned.parent)
+        parent, structure = archive.record(planned.parent), archive.structure(planned.parent)
+        if coder is not None or not parent.coding:
+            # An exact snapshot must not need the book that its parent's tokens are coded with.
+            before = archive.tokens(planned.parent)
     for track, plan in zip(snapshot.tracks, planned.tracks, strict=True):
         _store_frames(writer, snapshot, track, plan, tier, coder, progress)
     record = SnapshotRecord(

@@ -22,6 +22,7 @@ TIERS = {
     "near": Tier("near", registry.BOOK_TRANSFORM, exact=False),
     "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False),
     "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False),
+    "archive": Tier("archive", registry.BOOK_TRANSFORM, exact=False),
 }
 CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)
 """What a snapshot is packed with that was given a target in place of a tier."""

@@ -1,7 +1,7 @@
 """Token ids of a snapshot: how its record stores them, and what they are.
 
-Three ways, the shortest is taken: `entropy.ints`, the token coder alone, or the token coder with the
-tables of the snapshot's book.
+Three ways, the shortest is taken: `entropy.ints`, the token coder alone, or the token coder with
+the tables of the snapshot's book.
 """
 
 from __future__ import annotations

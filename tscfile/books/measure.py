@@ -22,11 +22,13 @@ from ..quality.protocol import CodecResult, Plan, evaluate
 from ..quality.windows import Text
 from .book import SUFFIX, Book, OpenBook, TierEntry
 
-TARGETS = {"near": 0.001, "balanced": 0.01, "compact": 0.05}
-"""Mean KL in nats that each tier stays under, on the text it is measured on."""
+TARGETS = {"near": 0.001, "balanced": 0.01, "compact": 0.05, "archive": 0.1}
+"""Mean KL in nats that each tier stays under, for what comes next and for passages recalled."""
 
 _AIM = 0.45
-"""Share of the target that is aimed for: other text may score worse than calibration text."""
+"""Share of the target that is aimed for. A model knows calibration text better than other text, all
+the more if it was trained on it: on the reference model KL on held-out text is 1.5 to 2.3 times
+as large."""
 
 _STEPS_PER_KL = 1.6
 """KL grows about as the step to this power; only the search's speed depends on it."""
@@ -72,19 +74,20 @@ def measure_tiers(
     engine: Engine, book: Book, text: Text, *, n_windows: int, frames: int,
     progress: Callable[[str], None] = lambda words: None,
 ) -> dict[str, TierEntry]:  # fmt: skip
-    """The coarsest step found for each of `TARGETS`, with KL and ratio of real archives there.
+    """The coarsest step found for each of `TARGETS`, with the larger KL of both protocols and the
+    ratio of real archives there.
 
     ``text``: documents that the book has not learnt from.
     """
     plan = Plan(frames=(frames,), n_windows=n_windows)
     tiers = {}
-    log_step = int(np.median(book.log_sigmas))
+    log_step = _first_step(book)
     for name, target in TARGETS.items():
         best: tuple[int, CodecResult] | None = None
         for _ in range(_ROUNDS):
             progress(f"tier {name}: trying step {log_step}")
             (result,) = evaluate(engine, text, [StepCodec(book, log_step)], plan).results
-            kl = result.continuation.kl_mean
+            kl = _worst(result)
             aim = target * _AIM
             if kl <= aim and (best is None or log_step > best[0]):
                 best = log_step, result
@@ -93,7 +96,7 @@ def measure_tiers(
             octaves = math.log2(aim * (1 - _CLOSE / 2) / max(kl, 1e-9)) / _STEPS_PER_KL
             log_step += round(UNITS_PER_OCTAVE * max(-4.0, min(4.0, octaves)))
         if best is not None:
-            tiers[name] = TierEntry(name, best[0], best[1].continuation.kl_mean, 0.0)
+            tiers[name] = TierEntry(name, best[0], _worst(best[1]), 0.0)
     progress("measuring archives")
     with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
         path = Path(folder) / f"measured{SUFFIX}"
@@ -101,9 +104,23 @@ def measure_tiers(
         codecs = [TierCodec(name, path) for name in tiers]
         for result in evaluate(engine, text, codecs, plan).results if codecs else ():
             tiers[result.codec] = replace(
-                tiers[result.codec], kl=result.continuation.kl_mean, ratio=result.snapshot_ratio
+                tiers[result.codec], kl=_worst(result), ratio=result.snapshot_ratio
             )
     return tiers
+
+
+def _worst(result: CodecResult) -> float:
+    """KL of the protocol that fares worse."""
+    recall = result.recall.kl_mean if result.recall else 0.0
+    return max(result.continuation.kl_mean, recall)
+
+
+def _first_step(book: Book) -> int:
+    """About where coefficients take a fifth of a bit for each channel: somewhere to begin."""
+    octaves = np.sort(book.log_sigmas.astype(np.float64))[::-1] / UNITS_PER_OCTAVE
+    bits = np.cumsum(octaves) - np.arange(1, len(octaves) + 1) * octaves
+    first = min(int(np.searchsorted(bits, 0.2 * book.n_channels)), len(octaves) - 1)
+    return round(octaves[first] * UNITS_PER_OCTAVE)
 
 
 def _tensors(shape: CacheShape) -> list[TensorSpec]:

@@ -3,7 +3,7 @@
 1. *Metric*: what an error in each cached entry costs (`metric`).
 2. *Prediction basis*: the leading directions of frames in the metric, and a network that predicts
    their coordinates from the tokens (`network`).
-3. *Basis*: eigenvectors, in the metric, of what the prediction leaves; one for each group of layers.
+3. *Basis*: eigenvectors, in the metric, of what the prediction leaves, for each group of layers.
 4. *Distributions* of quantized coefficients at several steps, pooled by class (`ladder`), and of
    token ids (`entropy.token_ids`).
 5. *Tiers*: the step that meets each quality target, found by the continuation protocol on
@@ -14,8 +14,8 @@ Every step is a sum over windows of text, kept on disk as it grows (`checkpoint`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,22 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from ..context import FrameContext
-from ..entropy import ladder, token_ids
+from ..entropy import token_ids
 from ..errors import UnsupportedError, UsageError
-from ..lossy import size_lengths
 from ..quality.arrays import CacheShape, KVArrays, rows
 from ..quality.engine import Engine
 from ..quality.windows import Text, choose_windows
-from ..quantizers.uniform import quantize
 from ..transforms.klt import LayerGroups
 from ..transforms.prediction import Features
 from ..transforms.rope import HALVES, Rope
+from .basis import (
+    GROUP_CHANNELS,
+    Progress,
+    distributions,
+    layer_groups,
+    second_moments,
+    with_basis,
+)
 from .book import Book
 from .checkpoint import Checkpoint, State
 from .measure import measure_tiers
@@ -41,12 +47,8 @@ from .metric import Metric
 from .network import Sample, fit_network
 from .tables import quantize_rows
 
-METRICS = ("fisher", "plain")
-GROUP_CHANNELS = 16384
-"""Channels of a group of layers at most: a basis takes the square of it."""
-
+METRICS = ("fisher", "attention", "plain")
 _HOLD_BACK = 8
-_NARROWEST = 0.04
 _KEPT_BYTES = 1 << 30
 """Frames that are kept in memory between the passes; more are computed again."""
 
@@ -71,7 +73,7 @@ class TrainOptions:
     decays: tuple[float, ...] = (0.8, 0.95, 0.99)
     decay_dims: int = 64
     token_dims: int = 256
-    n_hidden: int = 512
+    n_hidden: int = 1024
     n_predicted: int = 256
     epochs: int = 8
     group_channels: int = GROUP_CHANNELS
@@ -79,11 +81,8 @@ class TrainOptions:
     seed: int = 0
 
 
-Progress = Callable[[str], None]
-
-
 def train(
-    engine: Engine, text: Text, options: TrainOptions = TrainOptions(),  # noqa: B008 - frozen
+    engine: Engine, texts: Sequence[Text], options: TrainOptions = TrainOptions(),  # noqa: B008 - frozen
     progress: Progress = lambda words: None, *, keep: Path | None = None,
 ) -> Book:  # fmt: skip
     """Learn a book for the model of ``engine``; see the module's first lines.
@@ -93,9 +92,10 @@ def train(
     """
     if options.metric not in METRICS:
         raise UsageError(f"metric {options.metric!r} is unknown; known are {', '.join(METRICS)}")
-    key = repr((engine.fingerprint(), text.digest, options))
+    digests = [text.digest for text in texts]
+    key = repr((engine.fingerprint(), digests, options))
     checkpoint = Checkpoint(keep, blake3(key.encode()).hexdigest())
-    learnt, held_back = split_text(text)
+    learnt, held_back = split_texts(texts)
     documents = [engine.tokenize(document) for document in learnt.documents]
     frames = min(options.frames, engine.max_positions)
     windows = _windows(documents, frames, options.n_windows, options.seed)
@@ -120,7 +120,7 @@ def train(
             "book.rope_scale": float(rope.scale),
             "book.head_dim": head_dim,
             "book.metric": options.metric,
-            "book.text_blake3": text.digest,
+            "book.text_blake3": digests,
         },
         arrays | {
             "metric": metric.blocks,
@@ -131,8 +131,8 @@ def train(
             "log_sigmas": np.zeros(0, np.int16),
         },
     )  # fmt: skip
-    book = _with_basis(book, source, metric, checkpoint, progress)
-    book.arrays["frequencies"] = _distributions(book, source, progress)
+    book = with_basis(book, source, metric, checkpoint, progress)
+    book.arrays["frequencies"] = distributions(book, source, progress)
     progress("token ids")
     book.arrays |= token_ids.learn(documents, len(book.arrays["token_vectors"]))
     book.tiers = measure_tiers(
@@ -143,13 +143,15 @@ def train(
     return book
 
 
-def split_text(text: Text) -> tuple[Text, Text]:
+def split_texts(texts: Sequence[Text]) -> tuple[Text, Text]:
     """Documents to learn from, and every eighth to measure on; `UsageError` if there are none."""
-    held_back = text.documents[_HOLD_BACK - 1 :: _HOLD_BACK]
-    learnt = tuple(each for i, each in enumerate(text.documents, 1) if i % _HOLD_BACK)
+    documents = [document for text in texts for document in text.documents]
+    held_back = tuple(documents[_HOLD_BACK - 1 :: _HOLD_BACK])
+    learnt = tuple(each for i, each in enumerate(documents, 1) if i % _HOLD_BACK)
+    names = ", ".join(text.name for text in texts)
     if not held_back:
-        raise UsageError(f"{text.name}: a book needs at least {_HOLD_BACK} documents to learn from")
-    return replace(text, documents=learnt), replace(text, documents=held_back)
+        raise UsageError(f"{names}: a book needs at least {_HOLD_BACK} documents to learn from")
+    return Text(names, "", learnt), Text(names, "", held_back)
 
 
 def check_shape(shape: CacheShape, group_channels: int) -> tuple[Rope, int, LayerGroups]:
@@ -161,17 +163,6 @@ def check_shape(shape: CacheShape, group_channels: int) -> tuple[Rope, int, Laye
         raise UnsupportedError("layers of different shapes are not supported by books yet")
     width, head_dim, _ = sizes.pop()
     return shape.rope, head_dim, layer_groups(len(shape.layers), width, group_channels)
-
-
-def layer_groups(n_layers: int, width: int, group_channels: int) -> LayerGroups:
-    """The largest equal groups of at most ``group_channels`` channels.
-
-    >>> layer_groups(32, 1024, 16384).per_group
-    8
-    """
-    fitting = [n for n in range(1, n_layers + 1) if not n_layers % n]
-    per_group = max((n for n in fitting if 2 * n * width <= group_channels), default=1)
-    return LayerGroups(n_layers, width, per_group)
 
 
 # --- what the data look like ------------------------------------------------------------------
@@ -198,6 +189,9 @@ class _FrameSource:
         self._engine, self._rope = engine, rope
         self._kept: dict[int, NDArray[np.float16]] = {}
         self._room = _KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self.windows)
 
     def context(self, number: int) -> FrameContext:
         tokens = self.windows[number]
@@ -259,9 +253,11 @@ def _metric(
     def add(state: State, number: int, tokens: NDArray[np.int32]) -> None:
         progress(f"metric: window {number + 1} of {len(windows)}")
         cached, fed = np.split(tokens, [len(tokens) - options.n_continue])
-        state["moments"] += engine.gradient_moments(
-            cached, fed, options.n_draws, options.seed + number
-        )
+        seed = options.seed + number
+        if options.metric == "attention":
+            state["moments"] += engine.attention_moments(tokens, options.n_draws, seed)
+        else:
+            state["moments"] += engine.gradient_moments(cached, fed, options.n_draws, seed)
 
     moments = checkpoint.accumulate("metric", windows, start, add)["moments"]
     return Metric.of_moments(moments)
@@ -275,7 +271,7 @@ def _prediction(
     options: TrainOptions, checkpoint: Checkpoint, progress: Progress,
 ) -> tuple[dict[str, Any], list[int]]:  # fmt: skip
     """Arrays of prediction basis and network, and how many coordinates each group has."""
-    moments = _second_moments(
+    moments = second_moments(
         "frames", source, metric, groups, lambda i: source.frames(i), checkpoint, progress
     )
     total = options.n_predicted * groups.n_groups * groups.n_channels // 1536
@@ -314,127 +310,3 @@ def _prediction(
         **fitted,
     }
     return arrays, [each.shape[1] for each in leading]
-
-
-@dataclass
-class _Moments:
-    """Sums over frames: of frames in channels, of products of whitened frames in each group."""
-
-    state: State
-    groups: LayerGroups
-    metric: Metric
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        mean: NDArray[np.float64] = self.state["sum"] / self.state["n"]
-        return mean
-
-    def covariances(self) -> Iterator[NDArray[np.float64]]:
-        """Of each group, in the metric."""
-        centre = self.metric.whiten(self.mean[None].astype(np.float32))
-        for g in range(self.groups.n_groups):
-            part = self.groups.take(centre, g)[0].astype(np.float64)
-            yield self.state["products"][g] / self.state["n"] - np.outer(part, part)
-
-
-def _second_moments(
-    stage: str, source: _FrameSource, metric: Metric, groups: LayerGroups,
-    vectors: Callable[[int], NDArray[np.float32]], checkpoint: Checkpoint, progress: Progress,
-) -> _Moments:  # fmt: skip
-    size, n_windows = groups.n_channels, len(source.windows)
-
-    def start() -> State:
-        return {
-            "n": np.array(0),
-            "sum": np.zeros(groups.n_groups * size),
-            "products": np.zeros((groups.n_groups, size, size)),
-        }
-
-    def add(state: State, number: int, window: NDArray[np.int32]) -> None:
-        progress(f"{stage}: window {number + 1} of {n_windows}")
-        found = vectors(number)
-        whitened = metric.whiten(found)
-        state["n"] += len(found)
-        state["sum"] += found.sum(axis=0, dtype=np.float64)
-        for g in range(groups.n_groups):
-            part = groups.take(whitened, g)
-            state["products"][g] += part.T @ part
-
-    return _Moments(checkpoint.accumulate(stage, source.windows, start, add), groups, metric)
-
-
-# --- basis and distributions --------------------------------------------------------------------
-
-
-def _with_basis(
-    book: Book, source: _FrameSource, metric: Metric, checkpoint: Checkpoint, progress: Progress
-) -> Book:
-    """The book with mean and basis of what its prediction leaves."""
-    groups = book.groups
-
-    def residual(number: int) -> NDArray[np.float32]:
-        return source.frames(number) - book.predict(source.context(number))
-
-    moments = _second_moments("residual", source, metric, groups, residual, checkpoint, progress)
-    stored, scales, sigmas, counts = [], [], [], []
-    for g, covariance in enumerate(moments.covariances()):
-        values, vectors = np.linalg.eigh(covariance)
-        sigma = np.sqrt(np.maximum(values[::-1], 0))
-        keep = max(1, int((sigma > _NARROWEST * np.sqrt((sigma**2).mean())).sum()))
-        rows_ = metric.colour(
-            np.ascontiguousarray(vectors[:, ::-1].T[:keep], np.float32), groups, g
-        )
-        quantized = quantize_rows(rows_)
-        stored.append(quantized[0])
-        scales.append(quantized[1])
-        sigmas.append(np.log2(np.maximum(sigma[:keep], 1e-12)) * ladder.UNITS_PER_OCTAVE)
-        counts.append(keep)
-    arrays = book.arrays | {
-        "mean": moments.mean.astype(np.float32),
-        "basis": np.concatenate(stored),
-        "basis_scales": np.concatenate(scales),
-        "log_sigmas": np.rint(np.concatenate(sigmas)).clip(-32768, 32767).astype(np.int16),
-    }
-    return Book(book.facts | {"book.group_coefficients": counts}, arrays)
-
-
-def _distributions(
-    book: Book, source: _FrameSource, progress: Progress
-) -> NDArray[np.uint16]:
-    """Frequency tables of every class, pooled over coefficients and steps."""
-    counts = np.full((ladder.N_CLASSES, ladder.N_SYMBOLS), 1e-3) + _prior()
-    lengths = size_lengths(_tables(counts))
-    log_sigmas = book.arrays["log_sigmas"]
-    steps = range(int(np.median(log_sigmas)) - 512, int(log_sigmas.max()) + 512, 170)
-    numbers = range(0, len(source.windows), 8)
-    for at, i in enumerate(numbers):
-        progress(f"distributions: window {at + 1} of {len(numbers)}")
-        residual = source.frames(i) - book.predict(source.context(i))
-        coefficients = book.analyse(residual, book.facts["book.group_coefficients"])
-        for log_step in steps:
-            classes = ladder.class_of(log_sigmas, log_step)
-            used = np.flatnonzero(classes >= 0)
-            if not len(used):
-                continue
-            scale = np.float32(2.0 ** (-log_step / ladder.UNITS_PER_OCTAVE))
-            values = quantize(coefficients[:, used] * scale, lengths, classes[used])
-            symbols, _ = ladder.to_symbols(values)
-            flat = classes[used][None, :] * ladder.N_SYMBOLS + symbols
-            counts += np.bincount(flat.ravel(), minlength=counts.size).reshape(counts.shape)
-    return _tables(counts)
-
-
-def _tables(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
-    return np.stack([ladder.normalise(row) for row in counts])
-
-
-def _prior() -> NDArray[np.float64]:
-    """What a Laplace distribution of each class's width would give, in a few counts."""
-    units = ladder.LOWEST + (np.arange(ladder.N_CLASSES) + 0.5) * (
-        ladder.UNITS_PER_OCTAVE / ladder.CLASSES_PER_OCTAVE
-    )
-    decay = np.exp(-np.sqrt(2.0) / 2.0 ** (units / ladder.UNITS_PER_OCTAVE))[:, None]
-    sizes = (np.arange(ladder.N_SYMBOLS) + 1) // 2
-    mass = np.where(sizes == 0, 1 - decay**0.6, decay ** (sizes - 0.4) * (1 - decay) / 2)
-    mass[:, ladder.ESCAPE] = decay[:, 0] ** (ladder.LARGEST + 0.6)
-    return 20 * mass / mass.sum(axis=1, keepdims=True)

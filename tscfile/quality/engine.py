@@ -156,6 +156,45 @@ class Engine:
         assert moments is not None
         return moments
 
+    def attention_moments(
+        self, tokens: NDArray[np.int32], n_draws: int, seed: int
+    ) -> NDArray[np.float64]:
+        """What errors in keys (before RoPE) and values do to the outputs of attention.
+
+        With a_ts the weight that query q_t gives to frame s, an error d of value s moves the
+        output of layer and head by a_ts O d, one of key s by a_ts O (v_s - o_t) (q_ts . d) / √n,
+        where O is the output projection, o_t the output and q_ts the query as the key before RoPE
+        meets it. Sums of the squares over t and s, s drawn ``n_draws`` times for each t with the
+        chances a_ts. Shapes as for `gradient_moments`; needs no gradients.
+        """
+        import torch
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        found: dict[int, tuple[Any, Any]] = {}
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        rope = self.rope
+        assert rope is not None
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def probe(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+            found[module.layer_idx] = _attention_costs(
+                module, query[0], key[0], value[0], rope, n_draws, generator
+            )
+            return plain(module, query, key, value, mask, **options)
+
+        ALL_ATTENTION_FUNCTIONS["tscfile_probe"] = probe
+        before = self._model.config._attn_implementation
+        ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)[None]
+        try:
+            self._model.config._attn_implementation = "tscfile_probe"
+            with torch.no_grad():
+                self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        finally:
+            self._model.config._attn_implementation = before
+            del ALL_ATTENTION_FUNCTIONS["tscfile_probe"]
+        layers = [found[i] for i in sorted(found)]
+        return np.stack([key for key, _ in layers] + [value for _, value in layers])
+
     # --- caches -------------------------------------------------------------------------------
 
     def _fill(self, tokens: NDArray[np.int32]) -> tuple[list[Any], list[Any]]:
@@ -219,6 +258,48 @@ class Engine:
             if np.abs(turned - turned[:, :1]).max() < 1e-3 * np.abs(turned).max():
                 return rope
         return None
+
+
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""What models call the projection behind attention."""
+
+
+def _attention_costs(
+    module: Any, query: Any, key: Any, value: Any, rope: Rope, n_draws: int, generator: Any
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """One layer's part of `Engine.attention_moments`: keys' and values' matrix, ``[w, w]``."""
+    import torch
+
+    n_heads, n, dim = query.shape
+    n_kv_heads = key.shape[0]
+    projection = next((getattr(module, name) for name in _OUTPUTS if hasattr(module, name)), None)
+    weight = None if projection is None else projection.weight.float()
+    costs = np.zeros((2, n_kv_heads, dim, dim))
+    causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+    for head in range(n_heads):
+        kv = head * n_kv_heads // n_heads
+        scores = query[head].float() @ key[kv].float().T * module.scaling
+        chances = torch.softmax(scores.masked_fill(~causal, -torch.inf), -1)
+        drawn = torch.multinomial(chances.cpu(), n_draws, replacement=True, generator=generator)
+        drawn = drawn.to(query.device)
+        share = chances.gather(1, drawn)
+        if weight is None or weight.shape[1] != n_heads * dim:
+            out = torch.eye(dim, device=query.device)
+        else:
+            out = weight[:, head * dim : (head + 1) * dim]
+        values = value[kv].float()
+        moved = (values[drawn] - (chances @ values)[:, None]) @ out.T
+        loss = share * moved.square().sum(-1) * module.scaling**2
+        costs[1, kv] += float(share.sum()) * (out.T @ out).cpu().double().numpy()
+        for k in range(n_draws):
+            places = drawn[:, k].cpu().numpy().astype(np.int32)
+            met = rope.undo(query[head : head + 1].float().cpu().numpy(), places)[0]
+            costs[0, kv] += (met * loss[:, k : k + 1].cpu().numpy()).T @ met
+    both = np.zeros((2, n_kv_heads * dim, n_kv_heads * dim))
+    for kv in range(n_kv_heads):
+        span = slice(kv * dim, (kv + 1) * dim)
+        both[:, span, span] = costs[:, kv]
+    return both[0], both[1]
 
 
 def _load(path: Path, device: str) -> tuple[Any, Any]:

@@ -44,36 +44,39 @@ def to_frames(
     rope: Rope, head_dim: int, pairing: str,
 ) -> Frames:  # fmt: skip
     """Float32 ``[n_frames, n_channels]`` from one uint8 ``[n_frames, row_bytes]`` per tensor."""
-    parts = []
-    for i in tensor_order(tensors):
-        values = _as_float(rows[i], tensors[i].dtype.name)
-        if tensors[i].role == "k":
-            heads = _heads(values, head_dim)
-            if pairing != HALVES:
-                heads = _reorder(heads, len(rope.inv_freq), pairing, HALVES)
-            values = _flat(rope.undo(heads, pos))
-        parts.append(values)
-    return np.concatenate(parts, axis=1)
+    order = tensor_order(tensors)
+    frames = np.concatenate([_as_float(rows[i], tensors[i].dtype.name) for i in order], axis=1)
+    heads = _heads(_keys(frames, tensors), head_dim)
+    if pairing != HALVES:
+        heads = _reorder(heads, len(rope.inv_freq), pairing, HALVES)
+    _keys(frames, tensors)[:] = _flat(rope.undo(heads, pos))
+    return frames
 
 
 def from_frames(
     frames: Frames, tensors: Sequence[TensorSpec], pos: NDArray[np.int32],
     rope: Rope, head_dim: int, pairing: str,
 ) -> list[Rows]:  # fmt: skip
-    """Undo `to_frames`, rounding to each tensor's element type."""
-    rows: list[Rows] = [np.zeros((0, 0), np.uint8)] * len(tensors)
+    """Undo `to_frames`, rounding to the element type, which all tensors share.
+
+    ``frames`` is overwritten.
+    """
+    heads = rope.apply(_heads(_keys(frames, tensors), head_dim), pos)
+    if pairing != HALVES:
+        heads = _reorder(heads, len(rope.inv_freq), HALVES, pairing)
+    _keys(frames, tensors)[:] = _flat(heads)
+    stored = _as_rows(frames, tensors[0].dtype.name)
+    rows: list[Rows] = [stored[:0]] * len(tensors)
     at = 0
     for i in tensor_order(tensors):
-        tensor = tensors[i]
-        values = frames[:, at : at + tensor.n_channels]
-        at += tensor.n_channels
-        if tensor.role == "k":
-            heads = rope.apply(_heads(values, head_dim), pos)
-            if pairing != HALVES:
-                heads = _reorder(heads, len(rope.inv_freq), HALVES, pairing)
-            values = _flat(heads)
-        rows[i] = _as_rows(values, tensor.dtype.name)
+        rows[i] = stored[:, at : at + tensors[i].row_bytes]
+        at += tensors[i].row_bytes
     return rows
+
+
+def _keys(frames: Frames, tensors: Sequence[TensorSpec]) -> Frames:
+    """The part of ``frames`` that the keys of all layers are: the first channels."""
+    return frames[:, : sum(tensor.n_channels for tensor in tensors if tensor.role == "k")]
 
 
 def _heads(values: Frames, head_dim: int) -> Frames:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,14 +92,32 @@ class Features:
 
     def _mean_of(self, tokens: NDArray[np.int32], pos: NDArray[np.int64], decay: float) -> Floats:
         """Decaying means at rising positions that lie close together."""
+        start, last = max(int(pos[0]), 0), int(pos[-1])
         reach = int(np.ceil(np.log(_FORGOTTEN) / np.log(decay)))
-        first, stop = max(int(pos[0]) - reach, 0), min(int(pos[-1]) + 1, len(tokens))
-        seen = self.lookup(tokens[first:stop])[:, : self.decay_dims]
-        age = pos[:, None] - np.arange(first, max(first, stop))
-        weights = np.where(age >= 0, decay ** np.maximum(age, 0).astype(np.float64), 0.0)
+        powers = decay ** np.arange(max(reach, last - start) + 1.0)
+        # What lies before the first position has faded by the same factor for all of them.
+        from_ = max(start - reach, 0)
+        older = self.lookup(tokens[from_:start])[:, : self.decay_dims]
+        ages = start - np.arange(from_, from_ + len(older))
+        before = powers[ages].astype(np.float32) @ older
+        newer = self.lookup(tokens[start : last + 1])[:, : self.decay_dims]
+        if len(pos) == len(newer) and last - start + 1 == len(pos):
+            weights = _falling(decay, _PIECE)[: len(pos), : len(pos)]
+        else:
+            age = pos[:, None] - np.arange(start, start + len(newer))
+            weights = (powers[np.maximum(age, 0)] * (age >= 0)).astype(np.float32)
+        fade = powers[np.maximum(pos - start, 0)] * (pos >= start)
         total = (1 - decay ** (np.maximum(pos, 0) + 1.0)) / (1 - decay)
-        mean: Floats = (weights / total[:, None]).astype(np.float32) @ seen
+        mean: Floats = weights @ newer + fade.astype(np.float32)[:, None] * before
+        mean /= total.astype(np.float32)[:, None]
         return mean
+
+
+@lru_cache(maxsize=16)
+def _falling(decay: float, n: int) -> Floats:
+    """Weight of position j in the sum of position i, for neighbours."""
+    age = np.arange(n)[:, None] - np.arange(n)
+    return np.where(age >= 0, decay ** np.maximum(age, 0).astype(np.float64), 0).astype(np.float32)
 
 
 def _pieces(pos: NDArray[np.int32]) -> Iterator[slice]:
