@@ -26,6 +26,7 @@ _COMMANDS = {
     "resume": "Continue a conversation in llama.cpp.",
     "book": "Learn what lossy tiers need to know of a model.",
     "eval": "Measure what lossy caches cost a model.",
+    "bench": "Measure the speed of a book's tiers.",
 }
 
 INTERRUPTED, TERMINATED = 130, 143

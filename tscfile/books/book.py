@@ -174,7 +174,7 @@ class Book:
         for g, (count, span) in enumerate(zip(counts, self.prediction.spans(), strict=True)):
             parts = [predicted[:, span], coefficients[:, at : at + count]]
             left = np.concatenate(parts, axis=1, dtype=np.float32)
-            self.groups.put(left @ self._stacked[g][: left.shape[1]], g, frames)
+            self.groups.put(left @ self.stacked[g][: left.shape[1]], g, frames)
             at += count
         return frames
 
@@ -187,7 +187,7 @@ class Book:
         return np.concatenate(parts, axis=1)
 
     @cached_property
-    def _stacked(self) -> list[Floats]:
+    def stacked(self) -> list[Floats]:
         """Of each group the rows of prediction and basis, one above the other."""
         pairs = zip(self.prediction.spans(), self.basis.spans(), strict=True)
         return [
