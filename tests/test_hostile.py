@@ -6,7 +6,7 @@ import os
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tscfile_cli.main import main
 
 import tscfile
 from tscfile import registry
-from tscfile.bytestream import ByteWriter
+from tscfile.bytestream import ByteReader, ByteWriter
 from tscfile.container.reader import Container
 from tscfile.container.records import (
     CHUNK,
@@ -35,8 +35,10 @@ from tscfile.container.records import (
     OpaqueEntry,
     RecordRef,
     SnapshotRecord,
+    TokenIds,
     Trailer,
     checksum,
+    dictionary_of,
     write_metadata,
 )
 from tscfile.container.writer import ContainerWriter
@@ -238,7 +240,8 @@ def read_record(path: Path) -> SnapshotRecord:
 
 
 def with_changes(record: SnapshotRecord, **changes: Any) -> bytes:
-    return replace(record, **changes).write(np.zeros(0, np.int32))
+    """The record's payload, with ``changes``; cells of these tests do not refer to tokens."""
+    return replace(record, **changes).write(np.zeros(0, np.int32), b"")
 
 
 def read_all(path: Path) -> None:
@@ -299,8 +302,11 @@ def test_forged_snapshot(forgery: Forgery, tmp_path: Path) -> None:
     """Most of it may be another truth; then it can also be unpacked or is refused."""
     path, out = tmp_path / "a.tsc", tmp_path / "out.kv"
     codes = set()
-    for payload in mutations(forgery.snapshots[0], n_bits=2):
-        forgery.snapshots = [payload]
+    payload = forgery.snapshots[0]
+    structure = structure_of(payload)
+    forged = [ids_of(payload) + packed(each) for each in mutations(structure, n_bits=2)]
+    for changed in [*forged, *mutations(payload, n_bits=1)]:
+        forgery.snapshots = [changed]
         error = outcome(forgery.write(path))
         code = main(["unpack", str(path), "-o", str(out), "-q", "-f"])
         assert code in (0, 1, 2, 3, 4, 5) and (code or error is None)
@@ -454,20 +460,26 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     n = 60_000_000
     runs = coded_run(n)
 
-    def refused(*parts: bytes) -> bool:
-        forgery.snapshots = [snapshot_start() + b"".join(parts)]
+    def refused(*parts: bytes, ids: bytes = b"\0\0\0\0") -> bool:
+        forgery.snapshots = [varints(0, 0) + ids + packed(snapshot_start() + b"".join(parts))]
         return is_refused(forgery.write(path))
 
-    # Tokens: one run of equal numbers.
-    assert refused(varints(0, n), runs, varints(0, 0))
+    # Tokens: one run of equal numbers, and coded ones by the hundred million.
+    assert refused(varints(0, 0), ids=varints(0, n) + runs)
+    assert refused(varints(0, 0), ids=varints(0, n) + b"\x03\x08\x0c1234567")
+    # A structure that says it is larger than it is, and one that is too large.
+    small = packed(snapshot_start() + varints(0, 0))
+    for length in (1, 1 << 29):
+        forgery.snapshots = [varints(0, 0) + b"\0\0\0\0" + varints(length) + small[1:]]
+        assert is_refused(forgery.write(path))
     # Tensors: runs of 65535 layers in seven bytes each.
     tensors = varints(0, 65535, 0, 1, 2, 1) * 3000
-    assert refused(no_tokens(), varints(1, 0, 0, 0, 3000), tensors, varints(0))
+    assert refused(varints(1, 0, 0, 0, 3000), tensors, varints(0))
     # Tracks, frame runs and opaque parts that hold nothing.
-    assert refused(no_tokens(), varints(500_000), varints(0, 0, 0, 0, 0) * 500_000)
+    assert refused(varints(500_000), varints(0, 0, 0, 0, 0) * 500_000)
     empty_runs = varints(0, 0, 0) * 1_000_000
-    assert refused(no_tokens(), varints(1, 0, 0, 0, 0, 1_000_000), empty_runs)
-    assert refused(no_tokens(), varints(0, 1_000_000), bytes(20) * 1_000_000)
+    assert refused(varints(1, 0, 0, 0, 0, 1_000_000), empty_runs)
+    assert refused(varints(0, 1_000_000), bytes(20) * 1_000_000)
     # Metadata: many keys, long arrays.
     keys = b"".join(b"\x03%03x\x07\x01" % i for i in range(4096))
     assert not refused_metadata(forgery, path, varints(4096) + keys)
@@ -481,17 +493,17 @@ def test_claims_of_cells_are_bounded(forgery: Forgery, tmp_path: Path) -> None:
     many = [BlockEntry(65536, bytes(16), bytes(16), ())] * 400
     n = 65536 * 400
     runs = b"".join(varints(block, 0, 65536) for block in range(400))
-    start = snapshot_start() + no_tokens() + varints(1, 0, 0, 0, 0, 400) + runs
+    start = snapshot_start() + varints(1, 0, 0, 0, 0, 400) + runs
     one_each = coded_run(n, start=1)
-    few_cells = snapshot_start() + no_tokens() + varints(1, 0, 0, 0, 0, 1, 0, 0, 50_000)
+    few_cells = snapshot_start() + varints(1, 0, 0, 0, 0, 1, 0, 0, 50_000)
     cases = [
         start + coded_run(n) + one_each + coded_run(n) + varints(0),
         start + coded_run(n),
         # Sequence ids: 256 for each of few cells.
         few_cells + coded_run(50_000) + coded_run(50_000, start=256) + coded_run(12_800_000),
     ]
-    for payload in cases:
-        forgery.snapshots = [payload]
+    for structure in cases:
+        forgery.snapshots = [no_tokens() + packed(structure)]
         forgery.edit_index = lambda index: replace(index, blocks=many)
         assert is_refused(forgery.write(path))
 
@@ -593,22 +605,36 @@ def coded_run(n: int, start: int = 0) -> bytes:
 
 
 def snapshot_start(source: bytes = b"\0") -> bytes:
-    """Number 0, no parent, empty plan, tier and name, the source, what precedes tokens."""
-    none = np.zeros(0, np.int32)
-    of_type = {"int": 0, "int | None": None, "str": "", "dict[str, Any]": {}}
-    values = {part.name: of_type.get(str(part.type), []) for part in fields(SnapshotRecord)}
-    empty = SnapshotRecord(**(values | {"tokens": none}))  # type: ignore[arg-type]
-    payload, before, after = empty.write(empty.tokens), varints(0, 0, 0, 0, 0), b"\0" * 6
-    assert payload.startswith(before + b"\0") and payload.endswith(after)
-    return before + source + payload[len(before) + 1 : -len(after)]
+    """A structure up to its tracks: empty plan, tier and name, the source, no other metadata."""
+    return varints(0, 0, 0) + source + varints(0, 0)
 
 
 def no_tokens() -> bytes:
-    return varints(0, 0) + coded_run(0)[:1] + b"\0"
+    """The start of a payload: number 0, no parent, no tokens."""
+    return varints(0, 0) + varints(0, 0) + b"\0\0"
+
+
+def packed(structure: bytes) -> bytes:
+    """A structure as the payload of a snapshot without parent ends with it."""
+    frame = zstd.compress(structure, 19, dictionary_of(b""))
+    return ByteWriter().uvarint(len(structure)).raw(frame).bytes()
+
+
+def ids_of(payload: bytes) -> bytes:
+    """What stands before the structure."""
+    reader = ByteReader(payload, "test")
+    reader.uvarint(), reader.uvarint(), TokenIds.read(reader, 0)
+    return payload[: len(payload) - reader.remaining]
+
+
+def structure_of(payload: bytes) -> bytes:
+    reader = ByteReader(payload[len(ids_of(payload)) :], "test")
+    length = reader.uvarint()
+    return zstd.decompress(reader.take(reader.remaining), length, "test", dictionary_of(b""))
 
 
 def refused_metadata(forgery: Forgery, path: Path, source: bytes) -> bool:
-    forgery.snapshots = [snapshot_start(source) + no_tokens() + varints(0, 0)]
+    forgery.snapshots = [no_tokens() + packed(snapshot_start(source) + varints(0, 0))]
     return is_refused(forgery.write(path))
 
 
