@@ -13,7 +13,7 @@ from ..context import FrameContext
 from ..entropy import ladder
 from ..lossy import size_lengths
 from ..quantizers.uniform import quantize
-from ..transforms.klt import LayerGroups
+from ..transforms.grouped_basis import LayerGroups
 from .book import Book
 from .checkpoint import Checkpoint, State
 from .metric import Metric

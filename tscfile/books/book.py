@@ -35,7 +35,7 @@ from ..container.records import read_metadata, write_metadata
 from ..context import FrameContext
 from ..entropy import ladder, zstd
 from ..errors import DamagedError, TscError, UnsupportedError, UsageError
-from ..transforms.klt import GroupedBasis, LayerGroups
+from ..transforms.grouped_basis import GroupedBasis, LayerGroups
 from ..transforms.prediction import N_POSITION, Features, Network
 from ..transforms.rope import HALVES, Rope
 

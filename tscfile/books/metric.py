@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..transforms.klt import LayerGroups
+from ..transforms.grouped_basis import LayerGroups
 
 _FLOOR = 1e-3
 """Added to the diagonal as a share of its mean: no direction is free."""

@@ -29,7 +29,7 @@ from ..errors import UnsupportedError, UsageError
 from ..quality.arrays import CacheShape, KVArrays, rows
 from ..quality.engine import Engine
 from ..quality.windows import Text, choose_windows
-from ..transforms.klt import LayerGroups
+from ..transforms.grouped_basis import LayerGroups
 from ..transforms.prediction import Features
 from ..transforms.rope import HALVES, Rope
 from .basis import (
