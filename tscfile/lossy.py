@@ -140,8 +140,9 @@ class BookCodec:
         predicted = self.book.network(context)
         frames = np.empty((len(predicted), self.book.n_channels), np.float32)
         for place, segment, values in _within(self.read(payload, where), first, len(frames)):
-            coefficients = uniform.dequantize(values, segment.step)
-            frames[place] = self.book.synthesize(predicted[place], coefficients, segment.counts)
+            frames[place] = self.book.synthesize(
+                predicted[place], values, segment.counts, segment.step
+            )
         return channels.from_frames(
             frames, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
         )

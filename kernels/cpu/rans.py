@@ -7,6 +7,8 @@ each symbol and never tests for the end of a lane; see `rans_decode`.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -51,8 +53,7 @@ def rans_decode(
     padded = np.zeros(len(words) + -(-out.size // lanes) + 1, np.uint16)
     padded[: len(words)] = words
     ends = np.cumsum(lengths, dtype=np.int64)
-    tables = np.empty((len(frequencies), _SLOT_MASK + 1), np.uint32)
-    _build_tables(frequencies, tables)
+    tables = _tables(frequencies.tobytes(), frequencies.shape)
     table_of_column = class_of_column.astype(np.uint32) << PROBABILITY_BITS
     states = np.empty(lanes, np.uint32)
     cursors = (ends - lengths).astype(np.uint32)
@@ -62,6 +63,14 @@ def rans_decode(
     else:
         _decode_any(padded, table_of_column, flat_tables, values, out, states, cursors)
     return bool((states == LOWER_BOUND).all() and (cursors == ends).all())
+
+
+@lru_cache(maxsize=8)
+def _tables(frequencies: bytes, shape: tuple[int, int]) -> NDArray[np.uint32]:
+    """Kept, as the chunks of a file often share their frequencies."""
+    tables = np.empty((shape[0], _SLOT_MASK + 1), np.uint32)
+    _build_tables(np.frombuffer(frequencies, np.uint16).reshape(shape), tables)
+    return tables
 
 
 @njit(nogil=True, cache=True)

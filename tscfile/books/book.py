@@ -165,17 +165,24 @@ class Book:
         return self.synthesize(self.network(context), np.zeros((len(context.pos), 0)), none)
 
     def synthesize(
-        self, predicted: Floats, coefficients: NDArray[Any], counts: Sequence[int]
-    ) -> Floats:
+        self, predicted: Floats, coefficients: NDArray[Any], counts: Sequence[int],
+        step: float = 1.0,
+    ) -> Floats:  # fmt: skip
         """Frames float32 ``[n, C]`` of predicted coordinates ``[n, P]`` and the coefficients at
-        `columns` of ``counts``."""
-        frames = np.repeat(self.arrays["mean"][None], len(predicted), axis=0)
-        at = 0
+        `columns` of ``counts``, in units of ``step``."""
+        n, at = len(predicted), 0
+        frames = np.empty((n, self.n_channels), np.float32)
         for g, (count, span) in enumerate(zip(counts, self.prediction.spans(), strict=True)):
-            parts = [predicted[:, span], coefficients[:, at : at + count]]
-            left = np.concatenate(parts, axis=1, dtype=np.float32)
+            above = predicted[:, span]
+            left = np.empty((n, above.shape[1] + count), np.float32)
+            left[:, : above.shape[1]] = above
+            np.multiply(
+                coefficients[:, at : at + count], np.float32(step),
+                out=left[:, above.shape[1] :], casting="unsafe",
+            )  # fmt: skip
             self.groups.put(left @ self.stacked[g][: left.shape[1]], g, frames)
             at += count
+        frames += self.arrays["mean"]
         return frames
 
     def analyse(self, residual: Floats, counts: Sequence[int]) -> Floats:

@@ -51,12 +51,15 @@ class LayerGroups:
         return np.concatenate([frames[..., keys], frames[..., values]], axis=-1)
 
     def put(self, part: Floats, group: int, frames: Floats) -> None:
-        """Add the channels of one group to ``frames``."""
+        """Set the channels of one group in ``frames``."""
+        if self.n_groups == 1:
+            frames[:] = part
+            return
         size = self.per_group * self.width
         half = self.n_layers * self.width
-        frames[..., group * size : (group + 1) * size] += part[..., :size]
+        frames[..., group * size : (group + 1) * size] = part[..., :size]
         start = half + group * size
-        frames[..., start : start + size] += part[..., size:]
+        frames[..., start : start + size] = part[..., size:]
 
 
 @dataclass(frozen=True)

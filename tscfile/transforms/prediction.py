@@ -143,7 +143,8 @@ class Network:
         """Coordinates z, float32 ``[n, P]``."""
         both = self.features.apply(self.first, context)
         n_hidden = len(self.bias)
-        hidden = both[:, :n_hidden] + self.bias
+        hidden = both[:, :n_hidden]
+        hidden += self.bias
         np.maximum(hidden, 0, out=hidden)
         z: Floats = both[:, n_hidden:] + hidden @ self.output
         return z
