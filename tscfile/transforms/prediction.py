@@ -92,9 +92,10 @@ class Features:
     def _mean_of(self, tokens: NDArray[np.int32], pos: NDArray[np.int64], decay: float) -> Floats:
         """Decaying means at rising positions that lie close together."""
         reach = int(np.ceil(np.log(_FORGOTTEN) / np.log(decay)))
-        first, stop = max(int(pos[0]) - reach, 0), min(int(pos[-1]) + 1, len(tokens))
+        first = max(int(pos[0]) - reach, 0)
+        stop = max(first, min(int(pos[-1]) + 1, len(tokens)))
         seen = self.lookup(tokens[first:stop])[:, : self.decay_dims]
-        age = pos[:, None] - np.arange(first, max(first, stop))
+        age = pos[:, None] - np.arange(first, stop)
         weights = np.where(age >= 0, decay ** np.maximum(age, 0).astype(np.float64), 0.0)
         total = (1 - decay ** (np.maximum(pos, 0) + 1.0)) / (1 - decay)
         mean: Floats = (weights / total[:, None]).astype(np.float32) @ seen
