@@ -4,26 +4,40 @@ It favours plainness over speed, keeps the whole file in memory, and is no judge
 
     File(open("session.tsc", "rb").read()).snapshots[-1]["tracks"][0]["rows"]
 
-Archives of a book tier need the bytes of the book, `File(data, book)`. Their rows are computed in
-float64; `File.integers` gives the integers they are made from.
+Archives of a book tier need the bytes of the book, `File(data, book)`, unless it is inside. Their
+rows are computed in float64; `File.integers` gives the integers they are made from.
 """
 
 from __future__ import annotations
 
 import struct
+from functools import cached_property
 
 import numpy as np
 import xxhash
 import zstandard
 from blake3 import blake3
 
-CHUNK, OPAQUE, SNAPSHOT, INDEX = 1, 2, 3, 4
+CHUNK, OPAQUE, SNAPSHOT, INDEX, BOOK = 1, 2, 3, 4, 6
 BLOCKS = {  # element type: (elements, bytes, has minimum, bits of a code); tsc.md and fields.md
     2: (32, 18, False, 4), 3: (32, 20, True, 4), 6: (32, 22, False, 5), 7: (32, 24, True, 5),
     8: (32, 34, False, 8), 20: (32, 18, False, 4),
 }  # fmt: skip
 FLOATS = {0: 4, 1: 2, 30: 2}
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 10, 11, 12), "BbHhIifQqd", strict=True))
+USUAL_METADATA = {  # tsc.md, section 7.7
+    "has_outputs": False, "has_streams": True, "ext_bytes": 0, "has_rotation": False,
+    "container": "sequence", "version": 9, "generation": "G", "parts": "kv", "kind": "plain",
+    "n_stream": [1], "cell_counts": [0], "arch": "llama", "token_form": "plain", "v_trans": 0,
+    "format": "llama.cpp", "attributes": "transformers", "layers": [0, 1, 2, 3, 4, 5, 6, 7],
+    "sliding_window": 4096, "rope_scaling_factor": 1.0, "rope_scaling_original_context": 8192,
+    "architecture": "qwen3", "name": "llama", "n_layers": 32, "n_heads": 32, "n_kv_heads": 8,
+    "head_dim_k": 128, "head_dim_v": 128, "rope_base": 10000.0, "rope_dim": 128,
+    "rope_scaling": "none", "vocab_size": 128256, "tokenizer_blake3": "0123456789abcdef",
+    "weights_blake3": "0123456789abcdef", "book": "0123456789abcdef", "log_step": 0,
+    "expected_kl": 0.01, "rope_pairing": "neox", "full": "norm", "keyframe": "balanced",
+    "append": "lossless", "truncate+append": "session",
+}  # fmt: skip
 
 
 class Damaged(Exception):
@@ -39,10 +53,12 @@ def checksum(data):
     return xxhash.xxh3_64_intdigest(data)
 
 
-def unzstd(data, limit):
+def unzstd(data, limit, dictionary=b""):
+    """Content of a frame; ``dictionary`` is what it may copy from, raw content."""
     size = zstandard.frame_content_size(data)
     need(0 <= size <= limit, "zstd content size")
-    return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    raw = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    return zstandard.ZstdDecompressor(dict_data=raw).decompress(data, allow_extra_data=False)
 
 
 class Cursor:
@@ -98,23 +114,49 @@ class Cursor:
         return dict(entries)
 
     def ints(self, n):
-        coding, body = self.u8(), Cursor(self.take(self.uvarint()))
-        need(coding <= 2, "ints coding")
-        if coding == 0:
-            values = []
-            while body.at < len(body.data):
-                start, step = (u >> 1 ^ -(u & 1) for u in (body.uvarint(), body.uvarint()))
-                values += [start + step * i for i in range(body.uvarint())]
-            need(len(values) == n, "number of integers")
-            return np.array(values, np.int32)
-        raw = unzstd(body.data, 4 * n)
-        need(len(raw) == 4 * n, "number of integers")
-        planes = np.frombuffer(raw, np.uint8).reshape(4, n)
-        values = np.ascontiguousarray(planes.T).view("<i4").reshape(n)
-        return np.cumsum(values, dtype=np.int32) if coding == 2 else values
+        return decode_ints(self.u8(), self.take(self.uvarint()), n)
 
     def end(self):
         need(self.at == len(self.data), "bytes left over")
+
+
+def decode_ints(coding, data, n):
+    need(coding <= 2, "ints coding")
+    if coding == 0:
+        body, values = Cursor(data), []
+        while body.at < len(data):
+            start, step = (u >> 1 ^ -(u & 1) for u in (body.uvarint(), body.uvarint()))
+            values += [start + step * i for i in range(body.uvarint())]
+        need(len(values) == n, "number of integers")
+        return np.array(values, np.int32)
+    raw = unzstd(data, 4 * n)
+    need(len(raw) == 4 * n, "number of integers")
+    planes = np.frombuffer(raw, np.uint8).reshape(4, n)
+    values = np.ascontiguousarray(planes.T).view("<i4").reshape(n)
+    return np.cumsum(values, dtype=np.int32) if coding == 2 else values
+
+
+def usual_metadata():
+    """Bytes of `USUAL_METADATA`, which the structure of a snapshot without parent copies from."""
+
+    def uvarint(n):
+        return bytes([n]) if n < 128 else bytes([n & 0x7F | 0x80]) + uvarint(n >> 7)
+
+    def string(text):
+        return uvarint(len(text)) + text.encode()
+
+    def value(v):
+        for kind, type_, to_bytes in (
+            (bool, 7, lambda v: bytes([v])), (str, 8, string),
+            (int, 10, lambda v: struct.pack("<Q", v)), (float, 12, lambda v: struct.pack("<d", v)),
+        ):  # fmt: skip
+            if isinstance(v, kind):
+                return bytes([type_]) + to_bytes(v)
+        items = [value(item) for item in v]
+        return b"\x09" + items[0][:1] + uvarint(len(v)) + b"".join(item[1:] for item in items)
+
+    entries = [string(key) + value(v) for key, v in USUAL_METADATA.items()]
+    return uvarint(len(entries)) + b"".join(entries)
 
 
 # --- classed-rans and fields ------------------------------------------------------------------
@@ -240,41 +282,91 @@ class Book:
         need(blake3(data[:-32]).digest() == data[-32:], "hash of a book")
         self.id = data[-32:].hex()
         c = Cursor(data[12:-32])
-        need(c.uvarint() == 1, "version of a book")
+        need(c.uvarint() == 2, "version of a book")
         self.facts = c.metadata()
-        self.tiers = dict(c.several(lambda: (c.string(), c.fixed("idd"))))
-        self.arrays = dict(c.several(lambda: book_array(c)))
+        tiers = c.several(lambda: (c.string(), c.fixed("idd")))
+        arrays = c.several(lambda: book_array(c))
         c.end()
-        need(self.facts["book.rope_pairing"] == "neox", "pairing of a book")
-        a = self.arrays
-        self.basis, self.predictor, self.vectors = (
-            a[name].astype(float) * a[scales].reshape(shape)
-            for name, scales, shape in (
-                ("basis", "basis_scales", (-1, 1)),
-                ("predictor", "predictor_scales", (1, -1)),
-                ("token_vectors", "token_scales", (-1, 1)),
-            )
+        self.tiers, self.arrays = dict(tiers), dict(arrays)
+        need(len(self.tiers) == len(tiers) and len(self.arrays) == len(arrays), "a name twice")
+        self.history, self.decays, self.decay_dims, self.head_dim, self.n_layers = (
+            self.facts["book." + key]
+            for key in ("history", "decays", "decay_dims", "head_dim", "n_layers")
         )
+        need(self.facts["book.rope_pairing"] == "neox", "pairing of a book")
+        self.vectors = self.scaled("token_vectors", "token_scales", axis=0)
+        self.first = [self.scaled(name, name + "_scales", axis=1) for name in ("hidden", "linear")]
+        self.output = self.scaled("output", "output_scales", axis=1)
+        self.groups = list(self.read_groups())
+
+    def scaled(self, name, scales, axis):
+        """Float64 of an array of integers, one scale for each index of ``axis``."""
+        return self.arrays[name].astype(float) * np.expand_dims(self.arrays[scales], 1 - axis)
+
+    def read_groups(self):
+        """Of each group of layers: its channels, the rows of the prediction basis and of the basis,
+        and where those are among all."""
+        n_groups, rest = divmod(self.n_layers, self.facts["book.group_layers"])
+        half = len(self.arrays["mean"]) // 2
+        size = half // n_groups
+        need(not rest and 2 * size * n_groups == len(self.arrays["mean"]), "groups of layers")
+        at = [0, 0]
+        for g in range(n_groups):
+            keys = np.arange(g * size, (g + 1) * size)
+            group = [np.concatenate([keys, half + keys])]
+            for i, (name, counts) in enumerate(
+                (("prediction", "book.group_predictions"), ("basis", "book.group_coefficients"))
+            ):
+                span = slice(at[i], at[i] + self.facts[counts][g])
+                group += [self.scaled(name, name + "_scales", axis=0)[span], span]
+                at[i] = span.stop
+            yield group
+
+    @cached_property
+    def token_tables(self):
+        need("ids_order" in self.arrays, "the book has no tables of token ids")
+        return TokenTables(self.arrays)
+
+    def features(self, tokens, pos):
+        """float64 [n, F]"""
+        known = (tokens >= 0) & (tokens < len(self.vectors))
+        v = self.vectors[np.where(known, tokens, 0)] * known[:, None]  # of every token
+        none, found = np.zeros(v.shape[1]), []
+        for p in pos.tolist():
+            f = [v[p - k] if 0 <= p - k < len(v) else none for k in range(self.history)]
+            seen = np.arange(min(p + 1, len(v)))
+            p = max(p, 0)
+            for decay in self.decays:
+                total = (1 - decay ** (p + 1)) / (1 - decay)
+                f.append(decay ** (p - seen.astype(float)) / total @ v[seen, : self.decay_dims])
+            found.append(np.concatenate([*f, [np.log2(p + 1) / 16, 1 / (p + 1)]]))
+        return np.array(found)
 
     def predict(self, tokens, pos):
-        """Mean and prediction, float64 [n, C]."""
-        at = pos[:, None].astype(np.int64) - np.arange(self.facts["book.history"])
-        known = (at >= 0) & (at < len(tokens))
-        token = np.append(tokens, 0)[np.where(known, at, -1)]
-        known &= (token >= 0) & (token < len(self.vectors))
-        features = self.vectors[np.where(known, token, 0)] * known[:, :, None]
-        return self.arrays["mean"] + features.reshape(len(pos), -1) @ self.predictor
+        """Coordinates in the prediction basis, float64 [n, P]."""
+        f = self.features(tokens, pos)
+        hidden, linear = self.first
+        a = np.maximum(f @ hidden + self.arrays["hidden_bias"], 0)
+        return f @ linear + a @ self.output
+
+    def channels(self, z, coefficients):
+        """float64 [n, C]"""
+        x = np.repeat(self.arrays["mean"][None].astype(float), len(z), axis=0)
+        for channels, prediction, of_z, basis, of_r in self.groups:
+            x[:, channels] += z[:, of_z] @ prediction + coefficients[:, of_r] @ basis
+        return x
 
     def rows(self, log_steps, values, tensors, tokens, pos, pairing):
         """uint8 [n, row bytes] of each tensor, from integers [n, R] and the step of each frame."""
         steps = np.float32(2.0 ** (log_steps / 256)).astype(float)
-        x = self.predict(tokens, pos) + (values * steps[:, None]) @ self.basis
+        x = self.channels(self.predict(tokens, pos), values * steps[:, None])
         order = sorted(range(len(tensors)), key=lambda i: (tensors[i][1], tensors[i][0]))
-        n_channels = [tensors[i][3] // FLOATS[tensors[i][2]] for i in order]
-        need(sum(n_channels) == x.shape[1], "channels of the book")
-        rows = [None] * len(tensors)
-        for i, part in zip(order, np.split(x, np.cumsum(n_channels)[:-1], axis=1), strict=True):
-            _, role, type_, *_ = tensors[i]
+        roles = [tensors[i][1] for i in order]
+        need(roles == [0] * self.n_layers + [1] * self.n_layers, "tensors of the book")
+        parts, rows = np.split(x, len(order), axis=1), [None] * len(tensors)
+        for i, part in zip(order, parts, strict=True):
+            _, role, type_, row_bytes, _ = tensors[i]
+            need(row_bytes == FLOATS[type_] * part.shape[1], "channels of the book")
             rows[i] = as_rows(self.turn(part, pos, pairing) if role == 0 else part, type_)
         return rows
 
@@ -283,7 +375,7 @@ class Book:
         inv_freq, scale = self.arrays["inv_freq"], float(np.float32(self.facts["book.rope_scale"]))
         angles = (pos.astype(np.float32)[:, None] * inv_freq).astype(float)  # float32 product
         cos, sin = np.cos(angles)[:, None] * scale, np.sin(angles)[:, None] * scale
-        heads = keys.reshape(len(pos), -1, self.facts["book.head_dim"])
+        heads = keys.reshape(len(pos), -1, self.head_dim)
         m = len(inv_freq)
         a, b = heads[..., :m], heads[..., m : 2 * m]
         pair = np.stack([a * cos - b * sin, b * cos + a * sin], axis=2 if pairing == "neox" else 3)
@@ -293,7 +385,7 @@ class Book:
 
 def book_array(c):
     name, code = c.string(), c.string()
-    need(code in ("f4", "f2", "i1", "i2", "i4", "u2"), "type of an array")
+    need(code in ("f4", "f2", "i1", "u1", "i2", "u2", "i4", "u4"), "type of an array")
     shape = c.several(c.uvarint)
     size = int(code[1])
     for n in shape:
@@ -342,15 +434,277 @@ def as_rows(values, type_):
     return np.ascontiguousarray(stored).view(np.uint8)
 
 
+# --- token ids --------------------------------------------------------------------------------
+
+
+def log2(v):
+    """Units of 1/256 octaves; the 12 highest bits of v count."""
+    s = max(0, v.bit_length() - 12)
+    v >>= s
+    octaves = v.bit_length() - 1
+    m, units = v << (31 - octaves), octaves
+    for _ in range(8):
+        m = m * m >> 31
+        bit = m >> 32
+        m, units = m >> bit, 2 * units + bit
+    return units + 256 * s
+
+
+def clip(v, limit):
+    return max(-limit, min(v, limit))
+
+
+def probabilities():
+    found, p = [], 1
+    for x in range(-2816, 2817):
+        while p < 65535 and log2(p) - log2(65536 - p) < x:
+            p += 1
+        found.append(max(32, min(p, 65504)))
+    return found
+
+
+PROBABILITY = probabilities()
+
+
+def step(code):
+    return code if code < 2 else (2 + (code & 1)) << (code // 2 - 1)
+
+
+def bucket(n):
+    return max(c for c in range(16) if step(c) <= n)
+
+
+def from_planes(planes):
+    return sum(plane.astype(np.int64) << 8 * i for i, plane in enumerate(planes)).tolist()
+
+
+def lists(gaps, fan):
+    """Rising lists of fan[i] values each."""
+    need(sum(fan) == len(gaps), "fan does not add up")
+    found, at = [], 0
+    for n in fan:
+        values = np.cumsum(np.array(gaps[at : at + n], np.int64) + 1) - 1
+        found.append(values.tolist())
+        at += n
+    return found
+
+
+class TokenTables:
+    """Ids of the leaves, their weights, and (leaf, count) lists of followers."""
+
+    def __init__(self, arrays=None, bits=0):
+        self.ids = range(1 << bits)
+        self.weights = [(1 << 24) // (i + 128) for i in self.ids]
+        self.after1, self.after2 = {}, {}
+        self.mixing = np.full((18, 7, 32), 28672, np.int64)
+        self.match = [61440] * 16
+        if arrays is not None:
+            self._read(arrays)
+        self.leaf_of = {id_: leaf for leaf, id_ in enumerate(self.ids)}
+        self.sums = np.cumsum([0, *self.weights, 1]).tolist()
+        self.nodes = {}
+
+    def _read(self, arrays):
+        self.ids = from_planes(arrays["ids_order"])
+        need(sorted(self.ids) == list(range(len(self.ids))), "order of the ids")
+        self.weights = [4 * step(c) + 1 for c in arrays["ids_unigram"].tolist()]
+        nexts = lists(from_planes(arrays["ids_next1"]), from_planes(arrays["ids_fan1"]))
+        counts = [step(c) for c in arrays["ids_count1"].tolist()]
+        ranks = iter(lists(from_planes(arrays["ids_next2"]), from_planes(arrays["ids_fan2"])))
+        counts2, at = iter([step(c) for c in arrays["ids_count2"].tolist()]), 0
+        for first, leaves in enumerate(nexts):
+            self.after1[first] = list(zip(leaves, counts[at:], strict=False))
+            at += len(leaves)
+            for second in leaves:
+                self.after2[first, second] = [
+                    (nexts[second][rank], next(counts2)) for rank in next(ranks)
+                ]
+        self.mixing = arrays["ids_weights"].astype(np.int64) << 4
+        self.match = arrays["ids_match"].tolist()
+
+    def node(self, lo, hi):
+        if (lo, hi) not in self.nodes:
+            both = self.sums[lo] + self.sums[hi]
+            self.nodes[lo, hi] = min(
+                range(lo + 1, hi), key=lambda m: (abs(2 * self.sums[m] - both), m)
+            )
+        return self.nodes[lo, hi]
+
+
+class TokenModel:
+    """``n``: tokens of context and stream together."""
+
+    def __init__(self, tables, data, n):
+        self.tables, self.data, self.sums = tables, data, tables.sums
+        self.mixing, self.match = tables.mixing.copy(), list(tables.match)
+        self.n_slots = 1 << max(12, min(22, (256 * n - 1).bit_length()))
+        self.single, self.slots = {}, {}
+        self.history, self.seen, self.match_at, self.match_length = [], {}, 0, 0
+        self.low, self.high, self.at = 0, 0xFFFFFFFF, 0
+        self.steps = []
+
+    def code(self):
+        return int.from_bytes(self.data[self.at : self.at + 4].ljust(4, b"\0"), "big")
+
+    def decide(self, p):
+        span = self.high - self.low
+        middle = self.low + (span >> 16) * p + ((span & 0xFFFF) * p >> 16)
+        bit = int(self.code() <= middle)
+        self.steps.append([self.low, self.high, p, bit])
+        if bit:
+            self.high = middle
+        else:
+            self.low = middle + 1
+        while self.low >> 24 == self.high >> 24:
+            self.low = self.low << 8 & 0xFFFFFFFF
+            self.high = self.high << 8 & 0xFFFFFFFF | 0xFF
+            self.at += 1
+        return bit
+
+    def end(self):
+        for k in range(5):
+            unit = 1 << (32 - 8 * k)
+            v = -(-self.low // unit) * unit
+            if v <= self.high:
+                break
+        need(len(self.data) == self.at + k and self.code() == v, "end of the token ids")
+
+    def slot(self, key, n_slots):
+        return (key * 0x9E3779B97F4A7C15 % (1 << 64)) * n_slots >> 64
+
+    def token(self, leaf=None):
+        """Decode a leaf, or learn from a known one."""
+        h, tables = self.history, self.tables
+        after1 = tables.after1.get(h[-1], []) if h else []
+        after2 = tables.after2.get((h[-2], h[-1]), []) if len(h) > 1 else []
+        x2, x1 = ([0, 0] + [x + 1 for x in h[-2:]])[-2:]
+        predicted = h[self.match_at] if self.match_length else None
+        length = min(self.match_length, 15)
+        lo, hi = 0, len(self.sums) - 1
+        while hi - lo > 1:
+            m = tables.node(lo, hi)
+            pairs = [
+                [sum(c for x, c in after if a <= x < b) for a, b in ((lo, m), (m, hi))]
+                for after in (after1, after2)
+            ]
+            keys = [x1 << 21 | m, 1 << 63 | x2 << 42 | x1 << 21 | m]
+            places = [(self.single, m)] + [(self.slots, self.slot(k, self.n_slots)) for k in keys]
+            pairs += [memory.get(place, [0, 0]) for memory, place in places]
+            odds = log2(self.sums[hi] - self.sums[m]) - log2(self.sums[m] - self.sums[lo])
+            inputs = [(clip(odds, 2816), 0)]
+            for n0, n1 in pairs:
+                odds = clip(log2(16 * n1 + 2) - log2(16 * n0 + 2), 2816)
+                inputs.append((odds, bucket(n0 + n1) + (16 if n0 and n1 else 0)))
+            matching = predicted is not None and lo <= predicted < hi
+            if matching:
+                p = self.match[length]
+                odds = log2(p) - log2(65536 - p)
+                inputs.append((odds if predicted >= m else -odds, length))
+            else:
+                inputs.append((0, 0))
+            table_order = 2 if sum(pairs[1]) else 1 if sum(pairs[0]) else 0
+            session_order = 2 if sum(pairs[4]) else 1 if sum(pairs[3]) else 0
+            w = self.mixing[(3 * table_order + session_order) * 2 + matching]
+            total = sum(int(w[i, b]) * odds for i, (odds, b) in enumerate(inputs)) >> 16
+            p = PROBABILITY[clip(total, 2816) + 2816]
+            bit = self.decide(p) if leaf is None else int(leaf >= m)
+            if leaf is None:
+                used = [int(w[i, b]) for i, (_, b) in enumerate(inputs)]
+                self.steps[-1] += [m, [(o, b, u) for (o, b), u in zip(inputs, used, strict=True)]]
+            for i, (odds, b) in enumerate(inputs):
+                change = (odds * (65536 * bit - p) + (1 << 18)) >> 19
+                w[i, b] = clip(int(w[i, b]) + change, 1 << 20)
+            if matching:
+                p = self.match[length]
+                right = bit == (predicted >= m)
+                self.match[length] = p + (65535 - p >> 6) if right else max(64, p - (p >> 6))
+            for memory, place in places:
+                n = list(memory.get(place, [0, 0]))
+                n[bit] = min(255, n[bit] + 1)
+                if n[1 - bit] > 2:
+                    n[1 - bit] = n[1 - bit] // 2 + 1
+                memory[place] = n
+            lo, hi = (m, hi) if bit else (lo, m)
+        self.learn_match(lo, predicted)
+        return lo
+
+    def learn_match(self, leaf, predicted):
+        h = self.history
+        h.append(leaf)
+        if leaf == predicted:
+            self.match_at, self.match_length = self.match_at + 1, self.match_length + 1
+        else:
+            self.match_length = 0
+        if len(h) < 2:
+            return
+        slot = self.slot(h[-2] + 1 << 21 | h[-1] + 1, 1 << 16)
+        if not self.match_length and slot in self.seen:
+            self.match_at = self.seen[slot]
+            while (
+                self.match_length < min(16, self.match_at)
+                and h[self.match_at - 1 - self.match_length] == h[-1 - self.match_length]
+            ):
+                self.match_length += 1
+        self.seen[slot] = len(h)
+
+
+def token_model(data, n, tables, context):
+    """The model, with the context behind it."""
+    if tables is None:
+        need(len(data) and data[0] <= 20, "size of token ids")
+        tables, data = TokenTables(bits=data[0]), data[1:]
+    model = TokenModel(tables, bytes(data), len(context) + n)
+    for id_ in context:
+        model.token(tables.leaf_of.get(id_, len(tables.ids)))
+    return model
+
+
+def decode_token_ids(data, n, tables=None, context=()):
+    """int32 [n]; ``tables`` of the book, or None without."""
+    context = list(context)[-4096:]
+    need(n or not data, "bytes for no tokens")
+    if not n:
+        return np.zeros(0, np.int32)
+    model, found = token_model(data, n, tables, context), []
+    for _ in range(n):
+        leaf = model.token()
+        if leaf < len(model.tables.ids):
+            found.append(model.tables.ids[leaf])
+        else:
+            bits = "".join(str(model.decide(1 << 15)) for _ in range(32))
+            found.append(int(bits, 2) - (1 << 32 if bits[0] == "1" else 0))
+            need(not 0 <= found[-1] < len(model.tables.ids), "escape of an id that has a leaf")
+    model.end()
+    if tables is None:
+        largest = max([0, *(i for i in [*context, *found] if 0 <= i < 1 << 20)])
+        need(data[0] == largest.bit_length(), "size of token ids")
+    return np.array(found, np.int32)
+
+
+def trace(data, n):
+    """Decisions of a stream without tables and escapes: token, node, low, high, probability, bit,
+    and (log-odds, bucket, weight) of each input."""
+    model = token_model(data, n, None, ())
+    for number in range(n):
+        need(model.token() < len(model.tables.ids), "no escapes here")
+        for low, high, p, bit, node, inputs in model.steps:
+            yield number, node, f"{low:08x}", f"{high:08x}", p, bit, inputs
+        model.steps.clear()
+    model.end()
+
+
 # --- container --------------------------------------------------------------------------------
 
 
 class File:
-    """``snapshots``: dicts with tokens, source, tracks, opaque; see `_snapshot` and `_track`."""
+    """``snapshots``: dicts with tokens, source, tracks, opaque; see `_snapshot` and `_track`.
+    ``books``: bytes of the books inside and of the one given, by id."""
 
     def __init__(self, data, book=None):
         self.data = data
-        self.book = Book(book) if book is not None else None
+        self.books, self._opened = {}, {}
+        if book is not None:
+            self.books[book[-32:].hex()] = book
         need(data[:8] == b"\x89TSC\r\n\x1a\n" and len(data) >= 32, "magic")
         major, _, required, _, _, check = struct.unpack("<HHIIIQ", data[8:32])
         need(check == checksum(data[:24]), "header checksum")
@@ -395,9 +749,11 @@ class File:
             first_block, blocks = cursor.uvarint(), cursor.several(lambda c=cursor: block_entry(c))
             first_snapshot, snapshots = cursor.uvarint(), cursor.several(cursor.ref)
             for _ in range(cursor.uvarint()):
-                cursor.u8()
-                need(not cursor.u8() & 1, "a critical record is not known")
-                cursor.ref()
+                type_, flags, extra = cursor.u8(), cursor.u8(), cursor.ref()
+                need(not flags & 1 or type_ <= 4 or type_ == BOOK, "a critical record is not known")
+                if type_ == BOOK:
+                    book = self.payload(extra, BOOK)[0]
+                    self.books[book[-32:].hex()] = book
             cursor.end()
             chain.append((first_block, blocks, first_snapshot, snapshots))
             ref = previous
@@ -410,13 +766,21 @@ class File:
     def _snapshot(self, c):
         number, parent = c.uvarint(), c.uvarint()
         need(number == len(self.snapshots) and parent <= number, "number or parent")
-        out = {"parent": parent - 1 if parent else None}
+        before, dictionary = np.zeros(0, np.int32), usual_metadata()
+        if parent:
+            before = self.snapshots[parent - 1]["tokens"]
+            dictionary = self.snapshots[parent - 1]["structure"][-65536:]
+        kept, n_new, coding, ids = c.uvarint(), c.uvarint(), c.u8(), c.take(c.uvarint())
+        need(kept <= len(before), "kept tokens")
+        length = c.uvarint()
+        structure = unzstd(c.take(len(c.data) - c.at), length, dictionary)
+        need(len(structure) == length, "length of the structure")
+        out = {"parent": parent - 1 if parent else None, "structure": structure}
+        c = Cursor(structure)
         out |= {"plan": c.string(), "tier": c.string(), "name": c.string()}
         out |= {"source": c.metadata(), "identity": c.metadata(), "coding": c.metadata()}
-        kept, n_new = c.uvarint(), c.uvarint()
-        before = self.snapshots[parent - 1]["tokens"] if parent else np.zeros(0, np.int32)
-        need(kept <= len(before), "kept tokens")
-        out["tokens"] = np.concatenate([before[:kept], c.ints(n_new)])
+        new = self._new_tokens(coding, ids, n_new, before[:kept], out)
+        out["tokens"] = np.concatenate([before[:kept], new])
         out["tracks"] = c.several(lambda: self._track(c, out))
         opaque = c.several(lambda: self._opaque(c))
         out["opaque"] = dict(opaque)
@@ -425,6 +789,21 @@ class File:
         places = {(track["cache"], track["stream"]) for track in out["tracks"]}
         need(len(places) == len(out["tracks"]), "a track occurs twice")
         return out
+
+    def _new_tokens(self, coding, ids, n, kept, snapshot):
+        if coding == 3:
+            return decode_token_ids(ids, n, None, kept.tolist())
+        if coding == 4:
+            return decode_token_ids(ids, n, self.book(snapshot).token_tables, kept.tolist())
+        return decode_ints(coding, ids, n)
+
+    def book(self, snapshot):
+        """The book that a snapshot names."""
+        wanted = snapshot["coding"].get("book")
+        need(wanted in self.books, f"book {wanted} is needed")
+        if wanted not in self._opened:
+            self._opened[wanted] = Book(self.books[wanted])
+        return self._opened[wanted]
 
     def _track(self, c, snapshot):
         out = {"cache": c.uvarint(), "stream": c.uvarint(), "attributes": c.metadata()}
@@ -468,7 +847,7 @@ class File:
             log_steps, values = self.integers(number, snapshot, tensors)
             pairing = snapshot["coding"]["rope_pairing"]
             need(pairing in ("norm", "neox"), "pairing of the keys")
-            return self.book.rows(
+            return self.book(snapshot).rows(
                 log_steps[span], values[span], tensors, snapshot["tokens"], pos, pairing
             )
         return [rows[span] for rows in self.block(number, tensors)]
@@ -476,11 +855,9 @@ class File:
     def integers(self, number, snapshot, tensors):
         """int64 log_step [frames] and integers [frames, R] of a book-coded block."""
         if number not in self.decoded:
-            wanted = snapshot["coding"].get("book")
-            need(self.book is not None and self.book.id == wanted, f"book {wanted} is needed")
             need(len(self.blocks[number]["chunks"]) == 1, "one chunk in a book-coded block")
             self.decoded[number] = self._chunk(
-                self.blocks[number], self.blocks[number]["chunks"][0], tensors
+                self.blocks[number], self.blocks[number]["chunks"][0], tensors, self.book(snapshot)
             )
         return self.decoded[number]
 
@@ -495,7 +872,7 @@ class File:
             self.decoded[number] = rows
         return self.decoded[number]
 
-    def _chunk(self, entry, chunk, tensors):
+    def _chunk(self, entry, chunk, tensors, book=None):
         payload, check = self.payload(chunk["ref"], CHUNK)
         c = Cursor(payload)
         codec, layer, n_frames, first, type_ = c.u8(), c.u8(), c.uvarint(), c.uvarint(), c.uvarint()
@@ -508,7 +885,7 @@ class File:
         need(codec <= 2, "codec is not known")
         if codec == 2:
             need(blake3(payload).digest(length=16) == entry["content_id"], "content id")
-            rows = decode_segments(c, n_frames, self.book)
+            rows = decode_segments(c, n_frames, book)
         elif codec == 1:
             rows = decode_fields(c, n_frames, type_, row_bytes)
         else:

@@ -383,8 +383,8 @@ def test_heaviest_tables_make_a_tree() -> None:
 def _load_reference():  # type: ignore[no-untyped-def]
     import importlib.util
 
-    path = ROOT / "spec" / "_token_ids_reference.py"
-    spec = importlib.util.spec_from_file_location("token_ids_reference", path)
+    path = ROOT / "spec" / "reference_decoder.py"
+    spec = importlib.util.spec_from_file_location("decoder", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -394,7 +394,7 @@ def _load_reference():  # type: ignore[no-untyped-def]
 @either
 def test_decoder_of_the_specification_agrees(learnt: bool) -> None:
     reference = _load_reference()
-    tables = small_tables() if learnt else None
+    tables = reference.TokenTables(small_tables()) if learnt else None
     for context in (NOTHING, as_ids([4, 4, -3, 1 << 22])):
         tokens = np.concatenate([make_documents(14)[0], as_ids([-1, 7, 1 << 30]), as_ids(range(9))])
         data = coder(learnt).encode(tokens, context)

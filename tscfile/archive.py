@@ -113,11 +113,11 @@ class ArchivedTrack:
         if chunk.codec != registry.BOOK_TRANSFORM:
             rows = self._archive.decode(run.block, chunk, self.tensors)
             return [part[run.first : run.first + run.count] for part in rows]
-        where, payload = self._lossy_payload(run.block, chunk)
+        where, payload = self.lossy_payload(run.block, chunk)
         context = self.context(cell, cell + run.count)
         return self.codec().decode(payload, self.tensors, run.first, context, where)
 
-    def _lossy_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
+    def lossy_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
         """A book-coded chunk that fits index, snapshot and book."""
         where, payload = self._archive.chunk_payload(number, chunk)
         header = ChunkHeader.read(ByteReader(payload, where))
@@ -164,7 +164,7 @@ class ArchivedTrack:
             self._archive.check_content(number, [part for rows in decoded for part in rows])
             return
         for chunk in entry.chunks:
-            where, payload = self._lossy_payload(number, chunk)
+            where, payload = self.lossy_payload(number, chunk)
             if blocks.opaque_id(payload) != entry.content_id:
                 raise DamagedError(f"{where}: is not what was packed; damaged")
             self.codec().read(payload, where)

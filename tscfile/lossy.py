@@ -29,6 +29,7 @@ from .identity import ROPE_PAIRING, compare
 from .model import ModelIdentity, TensorSpec
 from .quantizers import uniform
 from .transforms import channels
+from .transforms.rope import HALVES, NEIGHBOURS
 
 if TYPE_CHECKING:
     from .entropy.token_ids import TokenCoder
@@ -57,7 +58,8 @@ def steps_of(pos: NDArray[np.int32], n_positions: int, log_step: int) -> NDArray
     return (log_step - finer).astype(np.int32)
 
 
-MOST_LOG_STEP = 24 * ladder.UNITS_PER_OCTAVE
+MOST_LOG_STEP = 16 * ladder.UNITS_PER_OCTAVE
+"""Of steps that are searched for; coefficients keep to 32 bits at the finest of them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Segment:
     step: float
     counts: list[int]
     values: NDArray[np.int32]
+
 
 class BookCodec:
     """Encodes and decodes the tensors of one model with its book."""
@@ -96,16 +99,21 @@ class BookCodec:
     def head_dim(self) -> int:
         return int(self.book.facts["book.head_dim"])
 
+    def reads(self, other: BookCodec) -> bool:
+        """Do both make the same frames of the same integers?"""
+        return (self.id, self.pairing) == (other.id, other.pairing)
+
     def check(self, tensors: Sequence[TensorSpec], where: str) -> None:
         """`MismatchError` or `UnsupportedError` if the book does not fit these tensors."""
         channels.check_floats(tensors)
         if len({tensor.dtype for tensor in tensors}) > 1:
             raise UnsupportedError(f"{where}: keys and values of two types have no lossy tier")
-        n_channels = sum(tensor.n_channels for tensor in tensors)
-        roles = [sum(tensor.role == role for tensor in tensors) for role in "kv"]
-        if n_channels != self.book.n_channels or roles[0] != roles[1]:
+        groups = self.book.groups
+        roles = [[t.n_channels for t in tensors if t.role == role] for role in "kv"]
+        if roles != [[groups.width] * groups.n_layers] * 2:
             raise MismatchError(
-                f"{where}: frames of {n_channels} channels; the book is for {self.book.n_channels}"
+                f"{where}: frames of {sum(map(sum, roles))} channels in {len(tensors)} tensors; "
+                f"the book is for {groups.n_layers} layers, {groups.width} channels of each role"
             )
 
     def encode(
@@ -124,6 +132,8 @@ class BookCodec:
             classes = ladder.class_of(self.book.log_sigmas, step)[self.book.columns(counts)]
             scaled = self.book.analyse(residual[start:stop], counts)
             scaled *= np.float32(2.0 ** (-step / ladder.UNITS_PER_OCTAVE))
+            if not np.abs(scaled).max(initial=0) < 1 << 30:
+                raise UnsupportedError("keys or values are too large for so fine a step")
             values = uniform.quantize(scaled, self._lengths, classes)
             segments.encode(writer, values, step, classes, self.book.frequencies)
         row_bytes = tuple(part.shape[1] for part in rows)
@@ -230,4 +240,6 @@ def _pairing(identity: ModelIdentity, where: str) -> str:
         raise UnsupportedError(
             f"{where}: how the keys are turned is not known; name the model with --model"
         )
+    if pairing not in (HALVES, NEIGHBOURS):
+        raise UnsupportedError(f"{where}: keys are turned in an unknown way, {pairing!r}")
     return str(pairing)

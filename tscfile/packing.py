@@ -230,7 +230,7 @@ def _coder(
         log_step = codec.book.step_of_kl(target.kl)
     elif target.ratio is not None:
         log_step = _step_of_ratio(codec, snapshot, target.ratio)
-    elif parent is not None and isinstance(parent.coding.get("log_step"), int):
+    elif parent is not None and _is_step(parent.coding.get("log_step")):
         log_step = parent.coding["log_step"]
     else:
         raise UsageError("tier custom says no step; give a tier, a target KL or a target ratio")
@@ -240,6 +240,12 @@ def _coder(
         **({} if expected is None else {"expected_kl": expected}),
     }  # fmt: skip
     return _Coder(codec, log_step, facts)
+
+
+def _is_step(value: object) -> bool:
+    from .lossy import MOST_LOG_STEP
+
+    return isinstance(value, int) and abs(value) <= MOST_LOG_STEP
 
 
 def _step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
@@ -368,7 +374,7 @@ def _plan_one(
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
         if is_exact(archive.block(run)):
             return _same_rows(archive, old, track, start, stop, run)
-        if coder is None or coder.codec.id != old.codec().id:
+        if coder is None or not coder.codec.reads(old.codec()):
             # A lossless save takes nothing from a lossy one, and every save has one book.
             return np.zeros(stop - start, bool)
         return _near_rows(archive, old, coder, snapshot, track, start, stop, run)
@@ -404,7 +410,7 @@ def _near_rows(
 ) -> NDArray[np.bool_]:  # fmt: skip
     """Which frames lie near enough to those of ``run`` in a lossy block, with the same tokens."""
     (chunk,) = archive.block(run).chunks
-    where, payload = archive.chunk_payload(run.block, chunk)
+    where, payload = old.lossy_payload(run.block, chunk)
     context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
     rows = track.read(start, stop)
     near = coder.codec.same(payload, run.first, rows, track.tensors, context, where)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -216,7 +216,11 @@ class Book:
             weighted = weighted.transpose(1, 0, 2).reshape(len(rows), -1)
             # The stored rows are not quite orthonormal in the metric: solve for them jointly.
             gram = (weighted @ rows.T).astype(np.float64)
-            found.append(np.linalg.solve(gram, weighted.astype(np.float64)).T.astype(np.float32))
+            try:
+                solved = np.linalg.solve(gram, weighted.astype(np.float64))
+            except np.linalg.LinAlgError:
+                raise DamagedError("the book's basis rows depend on each other; damaged") from None
+            found.append(solved.T.astype(np.float32))
         return found
 
     # --- tiers --------------------------------------------------------------------------------
@@ -235,7 +239,7 @@ class Book:
         if not measured:
             return None
         steps, kls = zip(*measured, strict=True)
-        return float(2.0 ** _through(steps, kls, float(log_step)))
+        return float(2.0 ** min(_through(steps, kls, float(log_step)), 64.0))
 
     def step_of_kl(self, kl: float) -> int:
         """The coarsest step that should have at most this KL; `UsageError` if it lies more than
@@ -249,7 +253,8 @@ class Book:
                 f"a KL of {kl:g} is too far from what the book measured, "
                 f"{2.0 ** kls[0]:.2g} to {2.0 ** kls[-1]:.2g}"
             )
-        return math.floor(_through(kls, steps, math.log2(kl)))
+        step = math.floor(_through(kls, steps, math.log2(kl)))
+        return min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP)
 
     def _measured(self) -> list[tuple[float, float]]:
         """Steps and binary logarithms of KL, rising in both."""
@@ -295,13 +300,15 @@ class Book:
         if version != VERSION:
             raise UnsupportedError(f"{where}: book version {version}; this build reads {VERSION}")
         facts = read_metadata(reader)
-        tiers = {}
+        tiers: dict[str, TierEntry] = {}
         for _ in range(reader.count(21)):
             name = reader.string()
+            _once(name, tiers, where)
             tiers[name] = TierEntry(name, *reader.unpack("idd"))
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for _ in range(reader.count(4)):
             name, array = _read_array(reader)
+            _once(name, arrays, where)
             arrays[name] = array
         reader.end()
         _check(facts, arrays, tiers, where)
@@ -354,7 +361,8 @@ def _check(
         and (arrays["frequencies"].sum(axis=1, dtype=np.uint32) == 1 << PROBABILITY_BITS).all()
         and arrays["frequencies"].all()
         and _falling(arrays["log_sigmas"], facts["book.group_coefficients"])
-        and all(abs(tier.log_step) <= _MAX_LOG_STEP for tier in tiers.values())
+        and all(_is_measured(tier) for tier in tiers.values())
+        and all(np.isfinite(arrays[name]).all() for name in _SHAPES if _SHAPES[name][0][0] == "f")
     ):
         raise DamagedError(f"{where}: the book's arrays contradict each other; damaged")
 
@@ -369,6 +377,7 @@ def _layers_fit(facts: dict[str, Any], sizes: dict[str, int]) -> bool:
         and (sizes["N"], sizes["w"]) == (2 * n_layers, sizes["C"] // (2 * n_layers))
         and sizes["c"] == sizes["C"] // n_layers * per_group
         and 0 < 2 * sizes["r"] <= facts["book.head_dim"]
+        and 0 < facts["book.rope_scale"] < math.inf
         and all(len(each) == n_layers // per_group for each in counts)
         and all(isinstance(n, int) and n >= 0 for each in counts for n in each)
         and (sum(counts[0]), sum(counts[1])) == (sizes["R"], sizes["P"])
@@ -381,6 +390,7 @@ def _features_fit(facts: dict[str, Any], sizes: dict[str, int]) -> bool:
         0 <= history <= _MAX_HISTORY
         and len(decays) <= _MAX_DECAYS
         and all(isinstance(each, float) and 0 < each <= 0.999 for each in decays)
+        and sizes["V"] > 0
         and 0 <= dims <= sizes["D"]
         and sizes["F"] == history * sizes["D"] + len(decays) * dims + N_POSITION
     )
@@ -390,6 +400,18 @@ def _falling(log_sigmas: NDArray[np.int16], counts: Sequence[int]) -> bool:
     edges = np.cumsum(counts, dtype=np.int64)
     parts = np.split(log_sigmas.astype(np.int32), edges[:-1])
     return all(bool((np.diff(part) <= 0).all()) for part in parts)
+
+
+def _is_measured(tier: TierEntry) -> bool:
+    """Is what was measured of it possible? NaN stands for nothing."""
+    return abs(tier.log_step) <= _MAX_LOG_STEP and all(
+        math.isnan(each) or 0 <= each < math.inf for each in (tier.kl, tier.ratio)
+    )
+
+
+def _once(name: str, among: Mapping[str, object], where: str) -> None:
+    if name in among:
+        raise DamagedError(f"{where}: the book names {name!r} twice; damaged")
 
 
 def _read_array(reader: ByteReader) -> tuple[str, NDArray[Any]]:

@@ -100,8 +100,8 @@ class Features:
         older = self.lookup(tokens[from_:start])[:, : self.decay_dims]
         ages = start - np.arange(from_, from_ + len(older))
         before = powers[ages].astype(np.float32) @ older
-        newer = self.lookup(tokens[start : last + 1])[:, : self.decay_dims]
-        if len(pos) == len(newer) and last - start + 1 == len(pos):
+        newer = self.lookup(tokens[start : max(last + 1, start)])[:, : self.decay_dims]
+        if len(pos) == len(newer) and (pos == np.arange(start, start + len(pos))).all():
             weights = _falling(decay, _PIECE)[: len(pos), : len(pos)]
         else:
             age = pos[:, None] - np.arange(start, start + len(newer))
