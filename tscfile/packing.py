@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,17 +25,14 @@ from .container.records import (
 from .container.writer import ContainerWriter, EncodedChunk
 from .entropy import zstd
 from .errors import MismatchError, TscError, UsageError
-from .history import context_of
 from .identity import compare
+from .lossy_coding import BookCoder, LossyCoder, SessionCoder
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
 from .tiers import DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
-
-if TYPE_CHECKING:
-    from .lossy import BookCodec
 
 Source = str | os.PathLike[str] | Snapshot
 Progress = Callable[[int], None]
@@ -130,7 +125,7 @@ def append(
         old = archive.record(parent) if parent is not None else None
         _identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
-        coder = _coder(chosen, book, snapshot, archive if old and old.coding else None, old)
+        coder = _coder(chosen, book, snapshot, archive if old else None, old)
         planned = _plan(archive, snapshot, parent, n_common, coder)
         before = archive.container.whole_end
         try:
@@ -161,43 +156,30 @@ class _Planned:
         self.name = temporal.name_plan(self.tracks, self.n_parent_cells or 0)
 
 
-@dataclass
-class _Coder:
-    """A lossy tier ready to code: the book's codec, the step, and what the snapshot records."""
-
-    codec: BookCodec
-    log_step: int
-    facts: dict[str, str | int | float]
-
-
 def _coder(
     tier: Tier,
     book: str | os.PathLike[str] | None,
     snapshot: Snapshot,
     archive: Archive | None = None,
     parent: SnapshotRecord | None = None,
-) -> _Coder | None:
-    """What a lossy tier codes with: the book given, or that of the ``parent`` in ``archive``."""
+) -> LossyCoder | None:
+    """What a lossy tier codes with: the book given, that of the ``parent`` in ``archive``, or what
+    the snapshot itself teaches."""
     if tier.exact:
         return None
-    from .books.book import load
-    from .lossy import BookCodec
-
     if book is not None:
+        from .books.book import load
+        from .lossy import BookCodec
+
         codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
-    elif archive is not None and parent is not None:
+    elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
     else:
-        raise UsageError(f"tier {tier.name} needs a book: give it with --book")
+        return SessionCoder(tier, archive, parent)
     if tier.name not in codec.book.tiers:
         known = ", ".join(codec.book.tiers) or "none"
         raise UsageError(f"the book has no step for tier {tier.name}; it has {known}")
-    entry = codec.book.tiers[tier.name]
-    facts = {
-        "book": codec.id, "log_step": entry.log_step, "expected_kl": entry.kl,
-        "rope_pairing": codec.pairing,
-    }  # fmt: skip
-    return _Coder(codec, entry.log_step, facts)
+    return BookCoder(codec, tier)
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
@@ -226,7 +208,7 @@ def _identify(
 
 
 def _plan(
-    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coder: _Coder | None
+    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coder: LossyCoder | None
 ) -> _Planned:
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
@@ -267,7 +249,7 @@ def _plan_one(
     old_tracks: dict[tuple[int, int], ArchivedTrack],
     track: Track,
     snapshot: Snapshot,
-    coder: _Coder | None,
+    coder: LossyCoder | None,
 ) -> temporal.TrackPlan:
     old = old_tracks.get((track.cache, track.stream))
     if old is None or [_layout(t) for t in old.tensors] != [_layout(t) for t in track.tensors]:
@@ -281,10 +263,10 @@ def _plan_one(
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
         if is_exact(archive.block(run)):
             return _same_rows(archive, old, track, start, stop, run)
-        if coder is None or coder.codec.id != old.codec().id:
-            # A lossless save takes nothing from a lossy one, and every save has one book.
+        if coder is None:
+            # A lossless save takes nothing from a lossy one.
             return np.zeros(stop - start, bool)
-        return _near_rows(archive, old, coder, snapshot, track, start, stop, run)
+        return coder.near(old, snapshot, track, start, stop, run, archive)
 
     return temporal.plan_track(old.cells, old.runs, track.cells, same)
 
@@ -311,22 +293,6 @@ def _same_rows(
     return equal
 
 
-def _near_rows(
-    archive: Archive, old: ArchivedTrack, coder: _Coder, snapshot: Snapshot, track: Track,
-    start: int, stop: int, run: FrameRun,
-) -> NDArray[np.bool_]:  # fmt: skip
-    """Which frames lie near enough to those of ``run`` in a lossy block, with the same tokens."""
-    (chunk,) = archive.block(run).chunks
-    where, payload = archive.chunk_payload(run.block, chunk)
-    pos = track.cells.pos[start:stop]
-    context = context_of(pos, snapshot.tokens, coder.codec.book.history)
-    rows = track.read(start, stop)
-    near = coder.codec.same(payload, run.first, rows, track.tensors, context, where)
-    before = context_of(pos, old.tokens, coder.codec.book.history)
-    same: NDArray[np.bool_] = near & (before.history == context.history).all(axis=1)
-    return same
-
-
 # --- storing ----------------------------------------------------------------------------------
 
 
@@ -335,7 +301,7 @@ def _store(
     snapshot: Snapshot,
     planned: _Planned,
     tier: Tier,
-    coder: _Coder | None,
+    coder: LossyCoder | None,
     name: str,
     archive: Archive | None,
     progress: Progress | None,
@@ -374,11 +340,9 @@ def _store_frames(
     track: Track,
     plan: temporal.TrackPlan,
     tier: Tier,
-    coder: _Coder | None,
+    coder: LossyCoder | None,
     progress: Progress | None,
 ) -> None:
-    if coder is not None:
-        coder.codec.check(track.tensors, "pack")
     n_frames = blocks.block_frames(track.tensors)
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
@@ -394,14 +358,14 @@ def _store_frames(
         ]
         return blocks.content_id(rows), chunks
 
+    encode_frames = coder.begin(writer, snapshot, track, ranges) if coder else None
+
     def encode_lossy(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
-        assert coder is not None
-        pos = track.cells.pos[slice(*span)]
-        context = context_of(pos, snapshot.tokens, coder.codec.book.history)
-        chunk = coder.codec.encode(track.read(*span), track.tensors, context, coder.log_step)
+        assert encode_frames is not None
+        chunk = encode_frames(span)
         return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
 
-    encode = encode_exact if coder is None else encode_lossy
+    encode = encode_exact if encode_frames is None else encode_lossy
     frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):

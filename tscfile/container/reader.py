@@ -80,6 +80,17 @@ class Container:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def extras(self, type_: int) -> dict[int, RecordRef]:
+        """Records of a type that indices list as extras, oldest first, by payload checksum."""
+        found: dict[int, RecordRef] = {}
+        for segment in self.segments:
+            for extra in segment.extras:
+                if extra.type == type_:
+                    head = os.pread(self._fd, RecordHeader.SIZE, extra.ref.offset)
+                    where = f"{self.path}: {RECORD_NAMES[type_]} at offset {extra.ref.offset}"
+                    found.setdefault(RecordHeader.read(head, where).payload_checksum, extra.ref)
+        return found
+
     def allowance(self) -> Allowance:
         """How much memory a structure of this file may take: twice the file and a little."""
         return Allowance(2 * self.size + _SLACK_BYTES)

@@ -24,8 +24,10 @@ VERSION = (1, 0)
 KNOWN_FEATURES = 0
 """Required-feature bits that this build understands."""
 
-CHUNK, OPAQUE, SNAPSHOT, INDEX = 1, 2, 3, 4
-RECORD_NAMES = {CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index"}
+CHUNK, OPAQUE, SNAPSHOT, INDEX, BASIS = 1, 2, 3, 4, 5
+RECORD_NAMES = {
+    CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index", BASIS: "basis"
+}  # fmt: skip
 CRITICAL = 1
 
 RECORD_ALIGNMENT = 8

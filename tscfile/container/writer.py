@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..bytestream import ByteWriter
 from .reader import Container, IndexSegment
 from .records import (
+    BASIS,
     CHUNK,
     CRITICAL,
     INDEX,
@@ -63,6 +64,7 @@ class ContainerWriter:
         self._old_snapshots: Sequence[RecordRef] = ()
         self._blocks: list[BlockEntry] = []
         self._snapshots: list[RecordRef] = []
+        self._extras: tuple[ExtraEntry, ...] = ()
         if container is None:
             self._offset = 0
             self._write(Header().write())
@@ -102,6 +104,14 @@ class ContainerWriter:
     def add_opaque(self, body: bytes) -> RecordRef:
         return self._add_record(OPAQUE, body)
 
+    def add_basis(self, payload: bytes) -> int:
+        """Store a basis; returns its id, the checksum of its payload.
+
+        Not critical: a reader that does not know it can still read what other codecs stored.
+        """
+        self._extras += (ExtraEntry(BASIS, 0, self._add_record(BASIS, payload, flags=0)),)
+        return checksum(payload)
+
     def add_snapshot(self, payload: bytes) -> int:
         """Store a snapshot record; returns the snapshot's number."""
         self._snapshots.append(self._add_record(SNAPSHOT, payload))
@@ -116,7 +126,7 @@ class ContainerWriter:
         if self._durable:
             os.fsync(self._fd)
         n_blocks, n_snapshots = len(self._blocks), len(self._snapshots)
-        extras: tuple[ExtraEntry, ...] = ()
+        extras = self._extras
         while self._segments:
             last = self._segments[-1]
             if last.n_blocks + last.n_snapshots > n_blocks + n_snapshots:
@@ -138,13 +148,13 @@ class ContainerWriter:
             os.fsync(self._fd)
         self._segments.append(IndexSegment(ref, n_blocks, n_snapshots, extras))
         self._old_blocks, self._old_snapshots = blocks, snapshots
-        self._blocks, self._snapshots = [], []
+        self._blocks, self._snapshots, self._extras = [], [], ()
         return self._offset
 
-    def _add_record(self, type_: int, payload: bytes) -> RecordRef:
+    def _add_record(self, type_: int, payload: bytes, flags: int = CRITICAL) -> RecordRef:
         offset = self._offset
         padding = RecordHeader.padding_at(offset, len(payload))
-        header = RecordHeader(type_, CRITICAL, padding, len(payload), checksum(payload))
+        header = RecordHeader(type_, flags, padding, len(payload), checksum(payload))
         length = RecordHeader.SIZE + padding + len(payload)
         writer = ByteWriter().raw(header.write()).raw(bytes(padding)).raw(payload)
         # The next record starts at a multiple of eight, which makes a lost one easy to look for.
