@@ -137,7 +137,10 @@ class ArchivedTrack:
         """What a chunk of codec 3 is decoded with."""
         from .session import basis_of
 
-        return self._archive.session_codec(basis_of(payload, where), where)
+        basis = basis_of(payload, where)
+        if basis not in self._archive.bases(self._owner):
+            raise DamagedError(f"{where}: is coded with a basis that its snapshot lacks; damaged")
+        return self._archive.session_codec(basis, where)
 
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""
@@ -467,15 +470,22 @@ class Archive:
             ancestor = self.record(ancestor).parent
         return total
 
+    def bases(self, record: SnapshotRecord) -> list[int]:
+        """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
+        names = record.coding.get("bases", [])
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
+        ):
+            raise DamagedError(
+                f"{self.path}: snapshot {record.number} names a basis in an unknown way; damaged"
+            )
+        return [int(name, 16) for name in names]
+
     def _bases_of(self, record: SnapshotRecord) -> set[RecordRef]:
-        """Records of the bases that a snapshot's blocks are coded with."""
+        """Records of those bases and of all that they extend."""
         where = f"{self.path}: snapshot {record.number}"
-        found: set[RecordRef] = set()
-        for name in record.coding.get("bases", ()):
-            if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{16}", name):
-                raise DamagedError(f"{where}: names a basis in an unknown way; damaged")
-            found |= {ref for _, ref in self._basis_chain(int(name, 16), where)}
-        return found
+        chains = [self._basis_chain(basis, where) for basis in self.bases(record)]
+        return {ref for chain in chains for _, ref in chain}
 
     def _payload(self, number: int) -> tuple[memoryview, str]:
         ref = self._container.snapshots[number]

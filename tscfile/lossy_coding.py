@@ -103,10 +103,9 @@ class SessionCoder:
         self._archive = archive
         coding = parent.coding if parent and "bases" in parent.coding else {}
         self._old_scales = _scales_of(coding, parent)
-        self._old_bases: list[str] = list(coding.get("bases", ()))
+        self._old_bases = archive.bases(parent) if archive and parent else []
         self.facts: dict[str, Any] = {
-            "keys": "as they stand", "tolerance": tier.tolerance, "scales": [],
-            "bases": list(self._old_bases),
+            "keys": "as they stand", "tolerance": tier.tolerance, "scales": [], "bases": []
         }  # fmt: skip
 
     def begin(
@@ -150,14 +149,19 @@ class SessionCoder:
         return encode
 
     def _store(self, basis: Basis, writer: ContainerWriter) -> None:
-        """Put a basis into the file, unless it is there."""
+        """Put a basis into the file, unless it is there, and note that it is needed."""
         if not basis.id:
             parent = None
             if basis.parent:
                 assert self._archive is not None
                 parent = self._archive.session_codec(basis.parent, self._archive.path).basis
             basis.id = writer.add_basis(basis.write(parent))
-            self.facts["bases"].append(f"{basis.id:016x}")
+        self._note(basis.id)
+
+    def _note(self, basis: int) -> None:
+        name = f"{basis:016x}"
+        if name not in self.facts["bases"]:
+            self.facts["bases"].append(name)
 
     def near(
         self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
@@ -173,6 +177,8 @@ class SessionCoder:
         if len(old.tokens) and len(snapshot.tokens):
             # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
             near &= pos < common_prefix(old.tokens, snapshot.tokens)
+        if near.any():
+            self._note(codec.basis.id)
         return near
 
     def _best_old(
@@ -205,9 +211,9 @@ class SessionCoder:
 
     def _newest(self, track: Track, turn: KeyTurn | None) -> SessionCodec | None:
         """The codec of the last of the parent's bases that is for these tensors."""
-        for name in reversed(self._old_bases):
+        for number in reversed(self._old_bases):
             assert self._archive is not None
-            codec = self._archive.session_codec(int(name, 16), self._archive.path)
+            codec = self._archive.session_codec(number, self._archive.path)
             known = codec.basis.turn
             same = known == turn if known is None or turn is None else (
                 (known.head_dim, known.pairing) == (turn.head_dim, turn.pairing)
@@ -229,7 +235,7 @@ def _scales_of(
     from .session_learning import Scales
 
     numbers = coding.get("scales", [])
-    if parent is None or len(numbers) != 2 * len(parent.tracks):
+    if parent is None or not isinstance(numbers, list) or len(numbers) != 2 * len(parent.tracks):
         return {}
     pairs = zip(numbers[::2], numbers[1::2], strict=True)
     return {

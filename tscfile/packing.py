@@ -343,7 +343,7 @@ def _store_frames(
     coder: LossyCoder | None,
     progress: Progress | None,
 ) -> None:
-    n_frames = blocks.block_frames(track.tensors)
+    n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges

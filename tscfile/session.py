@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from . import registry
+from . import blocks, registry
 from .bytestream import ByteReader, ByteWriter
 from .container.records import ChunkHeader
 from .container.writer import EncodedChunk
@@ -149,7 +149,10 @@ class SessionCodec:
     ) -> tuple[Ints, NDArray[np.int64], NDArray[np.float64]]:
         """Of a whole chunk: integers ``[n, R + C]``, each frame's shift and bound, ``[n]``."""
         reader = ByteReader(payload, where)
-        left = ChunkHeader.read(reader).n_frames
+        header = ChunkHeader.read(reader)
+        if header.raw_length > blocks.MOST_LOSSY_BYTES:
+            raise DamagedError(f"{where}: {header.raw_length} raw bytes; damaged")
+        left = header.n_frames
         reader.unpack("Q")
         base = reader.u8()
         chosen = widths.read_widths(reader, self.basis.rank + self.basis.n_channels)

@@ -59,7 +59,7 @@ class KeyTurn:
         pairing, head_dim = reader.u8(), reader.uvarint(limit=MAX_ROTATED)
         n_pairs = reader.uvarint(limit=MAX_ROTATED)
         inv_freq = np.frombuffer(reader.take(4 * n_pairs), "<f4").astype(np.float32)
-        if pairing >= len(_PAIRINGS) or 2 * n_pairs > head_dim or not np.isfinite(inv_freq).all():
+        if pairing >= len(_PAIRINGS) or not head_dim or 2 * n_pairs > head_dim or not np.isfinite(inv_freq).all():
             raise DamagedError(f"{reader.where}: keys cannot be turned so; damaged")
         return cls(head_dim, _PAIRINGS[pairing], inv_freq)
 
@@ -268,7 +268,9 @@ def _read_frame(
         n = reader.count(item_bytes=6)
         pairs = [(reader.uvarint(limit=1 << 20), reader.uvarint(limit=1 << 30)) for _ in range(n)]
         steps = np.frombuffer(reader.take(4 * n), "<f4").astype(np.float32)
-        if not n or not np.isfinite(steps).all() or (steps <= 0).any():
+        if not n or not all(size for _, size in pairs):
+            raise DamagedError(f"{reader.where}: a tensor without channels; damaged")
+        if not np.isfinite(steps).all() or (steps <= 0).any():
             raise DamagedError(f"{reader.where}: a step is no positive number; damaged")
         frames.append(([i for i, _ in pairs], [size for _, size in pairs], steps))
     return turn, frames
