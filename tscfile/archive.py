@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from . import blocks, pipeline, registry, tokens, workers
 from .bytestream import Allowance, ByteReader
 from .container.reader import Container
 from .container.records import (
+    BASIS,
     BOOK,
     CHUNK,
     OPAQUE,
@@ -24,6 +27,7 @@ from .container.records import (
     FrameRun,
     Header,
     OpaqueEntry,
+    RecordRef,
     SnapshotRecord,
     TokenIds,
     TrackRecord,
@@ -37,6 +41,7 @@ from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
 if TYPE_CHECKING:
     from .books.book import OpenBook
     from .lossy import BookCodec
+    from .session import SessionCodec
 
 Rows = NDArray[np.uint8]
 
@@ -110,20 +115,35 @@ class ArchivedTrack:
 
     def decode(self, run: FrameRun, cell: int, chunk: ChunkEntry) -> list[Rows]:
         """Rows of ``run``, whose first frame is cell ``cell``, from one chunk of its block."""
-        if chunk.codec != registry.BOOK_TRANSFORM:
+        if chunk.codec not in registry.LOSSY:
             rows = self._archive.decode(run.block, chunk, self.tensors)
             return [part[run.first : run.first + run.count] for part in rows]
         where, payload = self.lossy_payload(run.block, chunk)
         context = self.context(cell, cell + run.count)
+        if chunk.codec == registry.SESSION_TRANSFORM:
+            codec = self.session_codec(payload, where)
+            return codec.decode(payload, self.tensors, run.first, context.pos, where)
         return self.codec().decode(payload, self.tensors, run.first, context, where)
 
     def lossy_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
-        """A book-coded chunk that fits index, snapshot and book."""
+        """A lossy chunk that fits index, snapshot, and book or basis."""
         where, payload = self._archive.chunk_payload(number, chunk)
         header = ChunkHeader.read(ByteReader(payload, where))
         self._archive.check_header(number, chunk, header, self.tensors, where)
-        self.codec().check(self.tensors, where)
+        codec = self.codec() if chunk.codec == registry.BOOK_TRANSFORM else (
+            self.session_codec(payload, where)
+        )  # fmt: skip
+        codec.check(self.tensors, where)
         return where, payload
+
+    def session_codec(self, payload: memoryview, where: str) -> SessionCodec:
+        """What a chunk of codec 3 is decoded with."""
+        from .session import basis_of
+
+        basis = basis_of(payload, where)
+        if basis not in self._archive.bases(self._owner):
+            raise DamagedError(f"{where}: is coded with a basis that its snapshot lacks; damaged")
+        return self._archive.session_codec(basis, where)
 
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""
@@ -131,7 +151,8 @@ class ArchivedTrack:
 
     def find_book(self) -> None:
         """Find the book that the track's blocks need, if they do; raises as `codec` does."""
-        if not all(is_exact(self._archive.block(run)) for run in self.runs):
+        chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
+        if any(chunk.codec == registry.BOOK_TRANSFORM for chunk in chunks):
             self.codec()
 
     @property
@@ -167,7 +188,10 @@ class ArchivedTrack:
             where, payload = self.lossy_payload(number, chunk)
             if blocks.opaque_id(payload) != entry.content_id:
                 raise DamagedError(f"{where}: is not what was packed; damaged")
-            self.codec().read(payload, where)
+            if chunk.codec == registry.SESSION_TRANSFORM:
+                self.session_codec(payload, where).integers(payload, where)
+            else:
+                self.codec().read(payload, where)
 
     def _check_block(self, task: tuple[int, list[Rows]]) -> None:
         number, rows = task
@@ -191,7 +215,7 @@ class ArchivedTrack:
 
 def is_exact(block: BlockEntry) -> bool:
     """Do the chunks of a block give back the very rows that were packed?"""
-    return all(chunk.codec != registry.BOOK_TRANSFORM for chunk in block.chunks)
+    return all(chunk.codec not in registry.LOSSY for chunk in block.chunks)
 
 
 class Archive:
@@ -209,6 +233,9 @@ class Archive:
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
+        self._bases: dict[int, RecordRef] | None = None
+        self._session_codecs: dict[int, SessionCodec] = {}
+        self._lock = threading.Lock()
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
@@ -435,6 +462,42 @@ class Archive:
                 return open_bytes(bytes(data), f"{self.path}: book at offset {ref.offset}")
         return None
 
+    def session_codec(self, basis: int, where: str) -> SessionCodec:
+        """The codec of a basis that the file holds; `DamagedError` if it does not."""
+        from .session import SessionCodec
+        from .session_basis import Basis
+
+        # One thread decodes a basis, the others wait for it.
+        with self._lock:
+            if basis not in self._session_codecs:
+                chain = [(ref, self._container.read(ref, BASIS, key))
+                         for key, ref in self._basis_chain(basis, where)]  # fmt: skip
+                found: Basis | None = None
+                for ref, payload in reversed(chain):
+                    place = f"{self.path}: basis at offset {ref.offset}"
+                    found = Basis.read(payload, place, found)
+                assert found is not None
+                self._session_codecs[basis] = SessionCodec(found)
+            return self._session_codecs[basis]
+
+    def _basis_chain(self, basis: int, where: str) -> Iterator[tuple[int, RecordRef]]:
+        """A basis and those it extends, the nearest first: ids and records."""
+        from .session_basis import MAX_CHAIN, Basis
+
+        if self._bases is None:
+            self._bases = self._container.by_checksum(BASIS)
+        end = self.size
+        for _ in range(MAX_CHAIN):
+            ref = self._bases.get(basis)
+            if ref is None or ref.offset >= end:
+                raise DamagedError(f"{where}: its basis is not in the file before it; damaged")
+            yield basis, ref
+            end = ref.offset
+            basis = Basis.read_parent(self._container.read(ref, BASIS, basis), where)
+            if not basis:
+                return
+        raise DamagedError(f"{where}: its basis extends too many others; damaged")
+
     def check_content(self, number: int, rows: Sequence[Rows]) -> None:
         """`DamagedError` unless ``rows`` are what block ``number`` was made of."""
         if blocks.content_id(rows) != self._container.blocks[number].content_id:
@@ -452,11 +515,29 @@ class Archive:
             chunk.ref.length for block in used for chunk in self._container.blocks[block].chunks
         )
         total += sum(entry.ref.length for entry in record.opaque)
+        total += sum(ref.length for ref in self._bases_of(record))
         ancestor: int | None = record.number
         while ancestor is not None:
             total += self._container.snapshots[ancestor].length
             ancestor = self.record(ancestor).parent
         return total
+
+    def bases(self, record: SnapshotRecord) -> list[int]:
+        """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
+        names = record.coding.get("bases", [])
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
+        ):
+            raise DamagedError(
+                f"{self.path}: snapshot {record.number} names a basis in an unknown way; damaged"
+            )
+        return [int(name, 16) for name in names]
+
+    def _bases_of(self, record: SnapshotRecord) -> set[RecordRef]:
+        """Records of those bases and of all that they extend."""
+        where = f"{self.path}: snapshot {record.number}"
+        chains = [self._basis_chain(basis, where) for basis in self.bases(record)]
+        return {ref for chain in chains for _, ref in chain}
 
     def _payload(self, number: int) -> tuple[memoryview, str]:
         ref = self._container.snapshots[number]

@@ -18,14 +18,22 @@ CHUNK_BYTES = 1 << 20
 MOST_CHUNK_BYTES = 8 << 20
 """Raw bytes of any chunk at most: readers take that much from a file of any size."""
 
+MOST_LOSSY_BYTES = 32 << 20
+"""Raw bytes of a chunk of codec 3, which holds all tensors of its frames."""
+
 NO_ID = bytes(ID_BYTES)
 
 
-def block_frames(tensors: Sequence[TensorSpec]) -> int:
+def block_frames(tensors: Sequence[TensorSpec], lossy: bool = False) -> int:
     """Frames of a full block: fewer where rows are so long that a chunk would be too large.
 
-    `UnsupportedError` if a single row is.
+    `UnsupportedError` if a single row is. ``lossy``: all tensors are in one chunk.
     """
+    frame_bytes = sum(tensor.row_bytes for tensor in tensors)
+    if lossy:
+        if frame_bytes > MOST_LOSSY_BYTES:
+            raise UnsupportedError(f"frames of {frame_bytes} bytes: too long for a lossy tier")
+        return min(BLOCK_FRAMES, MOST_LOSSY_BYTES // max(frame_bytes, 1))
     longest = max((tensor.row_bytes for tensor in tensors), default=1)
     if longest > MOST_CHUNK_BYTES:
         raise UnsupportedError(f"rows of {longest} bytes are longer than {MOST_CHUNK_BYTES}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,23 +24,23 @@ from .container.records import (
     logical_seed,
 )
 from .container.writer import ContainerWriter, EncodedChunk
-from .context import FrameContext
 from .entropy import zstd
 from .errors import MismatchError, TscError, UsageError
 from .identity import compare
+from .lossy_coding import (
+    BookCoder,
+    LossyCoder,
+    SessionCoder,
+    Target,
+    is_step,
+    step_of_ratio,
+)
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
 from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
-
-_TRIED_BLOCKS = 8
-_STRUCTURE_BYTES, _BLOCK_BYTES = 900, 120
-"""About what an archive takes beside chunks and token ids, and what a block adds to it."""
-
-if TYPE_CHECKING:
-    from .lossy import BookCodec
 
 Source = str | os.PathLike[str] | Snapshot
 Progress = Callable[[int], None]
@@ -143,8 +141,7 @@ def append(
         old = archive.record(parent) if parent is not None else None
         _identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
-        source = archive if old and old.coding else None
-        coder = _coder(chosen, book, snapshot, Target(), source, old)
+        coder = _coder(chosen, book, snapshot, Target(), archive if old else None, old)
         planned = _plan(archive, snapshot, parent, n_common, coder)
         before = archive.container.whole_end
         try:
@@ -175,34 +172,6 @@ class _Planned:
         self.name = temporal.name_plan(self.tracks, self.n_parent_cells or 0)
 
 
-@dataclass
-class _Coder:
-    """A lossy tier ready to code: the book's codec, the step, and what the snapshot records."""
-
-    codec: BookCodec
-    log_step: int
-    facts: dict[str, str | int | float]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A quality or a size asked for in place of a tier's name; at most one of them."""
-
-    kl: float | None = None
-    ratio: float | None = None
-
-    def tier(self, name: str | None) -> Tier | None:
-        """The tier called ``name``, or `CUSTOM` for a target; None if nothing was asked for."""
-        asked = [each for each in (name, self.kl, self.ratio) if each is not None]
-        if len(asked) > 1:
-            raise UsageError("give one of a tier, a target KL and a target ratio")
-        if not asked:
-            return None
-        if not all(0 < each < math.inf for each in (self.kl or 1, self.ratio or 1)):
-            raise UsageError("a target is a positive number")
-        return CUSTOM if name is None else tier_from_name(name)
-
-
 def _coder(
     tier: Tier,
     book: str | os.PathLike[str] | None,
@@ -210,87 +179,35 @@ def _coder(
     target: Target,
     archive: Archive | None = None,
     parent: SnapshotRecord | None = None,
-) -> _Coder | None:
-    """What a lossy tier codes with: the book given, or that of the ``parent`` in ``archive``."""
+) -> LossyCoder | None:
+    """What a lossy tier codes with: the book given, that of the ``parent`` in ``archive``, or what
+    the snapshot itself teaches."""
     if tier.exact:
         return None
-    from .books.book import load
-    from .lossy import BookCodec
-
     if book is not None:
+        from .books.book import load
+        from .lossy import BookCodec
+
         codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
-    elif archive is not None and parent is not None:
+    elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
     else:
-        raise UsageError(f"tier {tier.name} needs a book: give it with --book")
+        if target != Target():
+            raise UsageError("a target KL or ratio needs a book: give it with --book")
+        if not tier.tolerance:
+            raise UsageError(f"tier {tier.name} needs a book: give it with --book")
+        return SessionCoder(tier, archive, parent)
     if tier is not CUSTOM:
-        entry = codec.book.tier(tier.name)
-        log_step = entry.log_step
+        log_step = codec.book.tier(tier.name).log_step
     elif target.kl is not None:
         log_step = codec.book.step_of_kl(target.kl)
     elif target.ratio is not None:
-        log_step = _step_of_ratio(codec, snapshot, target.ratio)
-    elif parent is not None and _is_step(parent.coding.get("log_step")):
+        log_step = step_of_ratio(codec, snapshot, target.ratio)
+    elif parent is not None and is_step(parent.coding.get("log_step")):
         log_step = parent.coding["log_step"]
     else:
         raise UsageError("tier custom says no step; give a tier, a target KL or a target ratio")
-    expected = codec.book.kl_of_step(log_step)
-    facts: dict[str, str | int | float] = {
-        "book": codec.id, "log_step": log_step, "rope_pairing": codec.pairing,
-        **({} if expected is None else {"expected_kl": expected}),
-    }  # fmt: skip
-    return _Coder(codec, log_step, facts)
-
-
-def _is_step(value: object) -> bool:
-    from .lossy import MOST_LOG_STEP
-
-    return isinstance(value, int) and abs(value) <= MOST_LOG_STEP
-
-
-def _step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
-    """The finest step at which the archive is about as small as ``ratio`` asks: measured on blocks
-    here and there, structure and token ids added.
-
-    `UsageError` if even the coarsest does not reach it.
-    """
-    from .lossy import MOST_LOG_STEP, steps_of
-
-    nothing = np.zeros(0, np.int32)
-    ids = tokens.encode(snapshot.tokens, nothing, codec.token_coder)
-    structure = _STRUCTURE_BYTES + len(ids.data)
-    pieces, n_frames = [], 0
-    for track in snapshot.tracks:
-        codec.check(track.tensors, "pack")
-        spans = list(blocks.block_ranges(0, len(track.cells), blocks.block_frames(track.tensors)))
-        structure += _BLOCK_BYTES * len(spans)
-        # The last block is always among them: its frames take a finer step.
-        chosen = spans[:: max(1, len(spans) // _TRIED_BLOCKS)][:-1] + spans[-1:]
-        n_frames += len(track.cells)
-        pieces += [(track, start, stop) for start, stop in chosen]
-    tried = sum(stop - start for _, start, stop in pieces)
-
-    def size(log_step: int) -> float:
-        total = 0
-        for track, start, stop in pieces:
-            pos = track.cells.pos[start:stop]
-            steps = steps_of(pos, int(track.cells.pos.max()) + 1, log_step)
-            context = FrameContext(pos, snapshot.tokens)
-            rows = track.read(start, stop)
-            total += len(codec.encode(rows, track.tensors, context, steps).body)
-        return total * n_frames / max(tried, 1) + structure
-
-    allowed = snapshot.raw_bytes / ratio
-    low, high = -MOST_LOG_STEP, MOST_LOG_STEP
-    if size(high) > allowed:
-        raise UsageError(
-            f"a ratio of {ratio:g} is out of reach: token ids and structure take "
-            f"{structure} bytes of the {int(allowed)} it allows"
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if size(middle) <= allowed else (middle, high)
-    return high
+    return BookCoder(codec, log_step)
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
@@ -319,8 +236,9 @@ def _identify(
 
 
 def _plan(
-    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coder: _Coder | None
-) -> _Planned:
+    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int,
+    coder: LossyCoder | None,
+) -> _Planned:  # fmt: skip
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
         return _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
@@ -360,7 +278,7 @@ def _plan_one(
     old_tracks: dict[tuple[int, int], ArchivedTrack],
     track: Track,
     snapshot: Snapshot,
-    coder: _Coder | None,
+    coder: LossyCoder | None,
 ) -> temporal.TrackPlan:
     old = old_tracks.get((track.cache, track.stream))
     if old is None or [_layout(t) for t in old.tensors] != [_layout(t) for t in track.tensors]:
@@ -374,10 +292,10 @@ def _plan_one(
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
         if is_exact(archive.block(run)):
             return _same_rows(archive, old, track, start, stop, run)
-        if coder is None or not coder.codec.reads(old.codec()):
-            # A lossless save takes nothing from a lossy one, and every save has one book.
+        if coder is None:
+            # A lossless save takes nothing from a lossy one.
             return np.zeros(stop - start, bool)
-        return _near_rows(archive, old, coder, snapshot, track, start, stop, run)
+        return coder.near(old, snapshot, track, start, stop, run, archive)
 
     return temporal.plan_track(old.cells, old.runs, track.cells, same)
 
@@ -404,21 +322,6 @@ def _same_rows(
     return equal
 
 
-def _near_rows(
-    archive: Archive, old: ArchivedTrack, coder: _Coder, snapshot: Snapshot, track: Track,
-    start: int, stop: int, run: FrameRun,
-) -> NDArray[np.bool_]:  # fmt: skip
-    """Which frames lie near enough to those of ``run`` in a lossy block, with the same tokens."""
-    (chunk,) = archive.block(run).chunks
-    where, payload = old.lossy_payload(run.block, chunk)
-    context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
-    rows = track.read(start, stop)
-    near = coder.codec.same(payload, run.first, rows, track.tensors, context, where)
-    # A frame is decoded from all tokens up to it.
-    same: NDArray[np.bool_] = near & (context.pos < common_prefix(old.tokens, snapshot.tokens))
-    return same
-
-
 # --- storing ----------------------------------------------------------------------------------
 
 
@@ -427,7 +330,7 @@ def _store(
     snapshot: Snapshot,
     planned: _Planned,
     tier: Tier,
-    coder: _Coder | None,
+    coder: LossyCoder | None,
     name: str,
     archive: Archive | None,
     progress: Progress | None,
@@ -450,7 +353,7 @@ def _store(
         source=snapshot.source,
         identity=snapshot.identity.facts,
         coding=coder.facts if coder else {},
-        ids=tokens.encode(snapshot.tokens, before, coder.codec.token_coder if coder else None),
+        ids=tokens.encode(snapshot.tokens, before, coder.token_coder if coder else None),
         tracks=[
             TrackRecord(
                 track.cache, track.stream, track.attributes, tuple(track.tensors), plan.runs(),
@@ -472,15 +375,10 @@ def _store_frames(
     track: Track,
     plan: temporal.TrackPlan,
     tier: Tier,
-    coder: _Coder | None,
+    coder: LossyCoder | None,
     progress: Progress | None,
 ) -> None:
-    n_positions = int(track.cells.pos.max(initial=-1)) + 1
-    if coder is not None:
-        from .lossy import steps_of
-
-        coder.codec.check(track.tensors, "pack")
-    n_frames = blocks.block_frames(track.tensors)
+    n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
@@ -495,15 +393,14 @@ def _store_frames(
         ]
         return blocks.content_id(rows), chunks
 
+    encode_frames = coder.begin(writer, snapshot, track, ranges) if coder else None
+
     def encode_lossy(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
-        assert coder is not None
-        pos = track.cells.pos[slice(*span)]
-        steps = steps_of(pos, n_positions, coder.log_step)
-        context = FrameContext(pos, snapshot.tokens)
-        chunk = coder.codec.encode(track.read(*span), track.tensors, context, steps)
+        assert encode_frames is not None
+        chunk = encode_frames(span)
         return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
 
-    encode = encode_exact if coder is None else encode_lossy
+    encode = encode_exact if encode_frames is None else encode_lossy
     frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):

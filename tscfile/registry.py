@@ -8,9 +8,14 @@ from __future__ import annotations
 RAW = 0
 FIELDS_CLASSED_RANS = 1
 BOOK_TRANSFORM = 2
+SESSION_TRANSFORM = 3
+
+LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM})
+"""Codecs that do not give back the very rows."""
 
 CODEC_NAMES = {
     RAW: "raw",
     FIELDS_CLASSED_RANS: "fields+classed-rans",
     BOOK_TRANSFORM: "book-transform+segments",
+    SESSION_TRANSFORM: "session-transform",
 }

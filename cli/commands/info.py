@@ -63,8 +63,10 @@ def _codings(info: ArchiveInfo) -> list[dict[str, object]]:
     """What the lossy snapshots need and promise, each once."""
     found: list[dict[str, object]] = []
     for row in info.snapshots:
-        if row.coding and row.coding not in found:
-            found.append(row.coding)
+        # Lists are for decoders and appenders, and differ from save to save.
+        coding = {key: value for key, value in row.coding.items() if not isinstance(value, list)}
+        if coding and coding not in found:
+            found.append(coding)
     return found
 
 

@@ -34,7 +34,7 @@ from ..options import (
 )  # fmt: skip
 @click.option(
     "--tier", type=click.Choice(list(TIERS)),
-    help="Quality tier: lossless, or with a book balanced, by default.",
+    help="Quality tier: lossless, or with a book balanced, by default; none needs a book.",
 )  # fmt: skip
 @book_option
 @click.option("--embed-book", is_flag=True, help="Put the book into the archive.")

@@ -106,6 +106,15 @@ class Container:
         found = [extra for segment in self.segments for extra in segment.extras]
         return [extra.ref for extra in found if extra.type == type_]
 
+    def by_checksum(self, type_: int) -> dict[int, RecordRef]:
+        """The same by the checksum of their payload; of equal ones the oldest."""
+        found: dict[int, RecordRef] = {}
+        for ref in self.extras(type_):
+            head = os.pread(self._fd, RecordHeader.SIZE, ref.offset)
+            where = f"{self.path}: {RECORD_NAMES[type_]} at offset {ref.offset}"
+            found.setdefault(RecordHeader.read(head, where).payload_checksum, ref)
+        return found
+
     def _pread(self, ref: RecordRef, where: str) -> bytes:
         parts = []
         at, left = ref.offset, ref.length

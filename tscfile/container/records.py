@@ -27,9 +27,10 @@ VERSION = (1, 0)
 KNOWN_FEATURES = 0
 """Required-feature bits that this build understands."""
 
-CHUNK, OPAQUE, SNAPSHOT, INDEX, BOOK = 1, 2, 3, 4, 6
+CHUNK, OPAQUE, SNAPSHOT, INDEX, BASIS, BOOK = 1, 2, 3, 4, 5, 6
 RECORD_NAMES = {
-    CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index", BOOK: "book",
+    CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index", BASIS: "basis",
+    BOOK: "book",
 }  # fmt: skip
 CRITICAL = 1
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..bytestream import ByteWriter
 from .reader import Container, IndexSegment
 from .records import (
+    BASIS,
     BOOK,
     CHUNK,
     CRITICAL,
@@ -106,8 +107,19 @@ class ContainerWriter:
 
     def add_book(self, data: bytes) -> None:
         """Store a whole book. A reader may find it elsewhere, so it need not know the record."""
-        ref = self._add_record(BOOK, data, flags=0)
-        self._extras = (*self._extras, ExtraEntry(BOOK, 0, ref))
+        self._add_extra(BOOK, data)
+
+    def add_basis(self, payload: bytes) -> int:
+        """Store a basis; returns its id, the checksum of its payload.
+
+        Not critical: a reader that does not know it can still read what other codecs stored.
+        """
+        self._add_extra(BASIS, payload)
+        return checksum(payload)
+
+    def _add_extra(self, type_: int, payload: bytes) -> None:
+        ref = self._add_record(type_, payload, flags=0)
+        self._extras = (*self._extras, ExtraEntry(type_, 0, ref))
 
     def add_snapshot(self, payload: bytes) -> int:
         """Store a snapshot record; returns the snapshot's number."""

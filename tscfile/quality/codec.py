@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..tiers import tier_from_name
 from .arrays import CacheShape, KVArrays
 
 if TYPE_CHECKING:
@@ -72,8 +73,11 @@ class TierCodec:
     family = "tscfile"
     source = "this project"
 
-    def __init__(self, tier: str, book: Path | None = None) -> None:
-        self.name = tier
+    def __init__(self, tier: str, book: Path | None = None, name: str | None = None) -> None:
+        """``name``: where it is not to be that of the tier."""
+        self.name = name or tier
+        if book is None and not tier_from_name(tier).exact:
+            self.family = "tscfile, no book"
         self._options: dict[str, Any] = {"tier": tier}
         if book is not None:
             self._options["book"] = book

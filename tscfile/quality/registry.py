@@ -15,6 +15,8 @@ from .calibration import Calibration
 from .codec import Codec, TierCodec
 
 PEERS = "peers"
+NO_BOOK = "-nobook"
+"""Behind the name of a tier: without the book that is given for the others."""
 
 
 def _kvtc(ratio: int, window: int) -> Callable[[Calibration], Codec]:
@@ -58,12 +60,18 @@ def learnt_peers() -> dict[str, Callable[[Calibration], Codec]]:
 
 def names() -> list[str]:
     """All names, tiers first."""
-    return [*TIERS, *fixed_peers(), *learnt_peers()]
+    return [*TIERS, *_without_book(), *fixed_peers(), *learnt_peers()]
+
+
+def _without_book() -> dict[str, str]:
+    """Tiers that need no book but may have one, by the name of measuring them without."""
+    return {f"{name}{NO_BOOK}": name for name, tier in TIERS.items() if tier.tolerance}
 
 
 def runnable(calibrated: bool, has_book: bool) -> list[str]:
     """Names of all codecs that can be made with, or without, calibration text and a book."""
-    tiers = [name for name, tier in TIERS.items() if tier.exact or has_book]
+    can = [name for name, tier in TIERS.items() if has_book or tier.exact or tier.tolerance]
+    tiers = [*can, *(_without_book() if has_book else ())]
     return [*tiers, *fixed_peers(), *(learnt_peers() if calibrated else ())]
 
 
@@ -72,8 +80,9 @@ def make_codecs(
 ) -> list[Codec]:
     """The codecs called ``wanted``, each once, in this order.
 
-    ``book``: for the tiers that are not exact. Raises `UsageError` for an unknown name, and where a
-    peer learns from calibration text and there is none.
+    ``book``: for the tiers that are not exact; those named with `NO_BOOK` do without. Raises
+    `UsageError` for an unknown name, and where a peer learns from calibration text and there is
+    none.
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
     fixed, learnt = fixed_peers(), learnt_peers()
@@ -81,6 +90,8 @@ def make_codecs(
     for name in chosen:
         if name in TIERS:
             codecs.append(TierCodec(name, None if TIERS[name].exact else book))
+        elif name in _without_book():
+            codecs.append(TierCodec(_without_book()[name], name=name))
         elif name in fixed:
             codecs.append(fixed[name])
         elif calibration is None:
@@ -97,7 +108,8 @@ def _expand(name: str) -> Iterator[str]:
         return
     found = [
         each for each in known
-        if each not in TIERS and (name == PEERS or each.startswith(f"{name}-"))
+        if each not in TIERS and not each.endswith(NO_BOOK)
+        and (name == PEERS or each.startswith(f"{name}-"))
     ]  # fmt: skip
     if not found:
         raise UsageError(f"codec {name!r} is unknown; known are {', '.join(known)} and {PEERS}")
