@@ -312,7 +312,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_tier_needs_its_book(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs a book"):
-        tscfile.pack(SESSION, tmp_path / "x.tsc", tier="near")
+        tscfile.pack(SESSION, tmp_path / "x.tsc", tier="archive")
+    with pytest.raises(UsageError, match="needs a book"):
+        tscfile.pack(SESSION, tmp_path / "x.tsc", target_ratio=9)
 
 
 def test_types_share_a_book(tmp_path: Path) -> None:

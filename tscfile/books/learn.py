@@ -67,8 +67,8 @@ def learn(
     }
     book = Book(facts, {
         "mean": np.zeros(2 * groups.n_layers * groups.width, np.float32),
-        "token_vectors": np.zeros((0, 0), np.int8),
-        "token_scales": nothing,
+        "token_vectors": np.zeros((1, 0), np.int8),
+        "token_scales": np.zeros(1, np.float32),
         "hidden": np.zeros((N_POSITION, 0), np.int8),
         "hidden_scales": nothing,
         "hidden_bias": nothing,
