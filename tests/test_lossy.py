@@ -190,11 +190,6 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.tsc").exists()
 
 
-def test_a_tier_needs_its_book(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs a book"):
-        tscfile.pack(SESSION, tmp_path / "x.tsc", tier="near")
-
-
 def test_types_share_a_book(tmp_path: Path) -> None:
     """The same tokens as f16 and as bf16: nearly the same coefficients."""
     sizes = []

@@ -32,7 +32,7 @@ def block_frames(tensors: Sequence[TensorSpec], lossy: bool = False) -> int:
     frame_bytes = sum(tensor.row_bytes for tensor in tensors)
     if lossy:
         if frame_bytes > MOST_LOSSY_BYTES:
-            raise UnsupportedError(f"frames of {frame_bytes} bytes are longer than lossy tiers take")
+            raise UnsupportedError(f"frames of {frame_bytes} bytes are too long for a lossy tier")
         return min(BLOCK_FRAMES, MOST_LOSSY_BYTES // max(frame_bytes, 1))
     longest = max((tensor.row_bytes for tensor in tensors), default=1)
     if longest > MOST_CHUNK_BYTES:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,7 +76,8 @@ def pack(
     """Make the archive ``path`` of one snapshot.
 
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
-    default where a ``book`` is given, which all tiers but "lossless" need. ``identity``: what is
+    default where a ``book`` is given, else "lossless". Without a book a lossy tier learns from the
+    snapshot itself. ``identity``: what is
     known of the model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw
     bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
@@ -208,8 +210,9 @@ def _identify(
 
 
 def _plan(
-    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coder: LossyCoder | None
-) -> _Planned:
+    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int,
+    coder: LossyCoder | None,
+) -> _Planned:  # fmt: skip
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
         return _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])

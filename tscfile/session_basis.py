@@ -59,7 +59,8 @@ class KeyTurn:
         pairing, head_dim = reader.u8(), reader.uvarint(limit=MAX_ROTATED)
         n_pairs = reader.uvarint(limit=MAX_ROTATED)
         inv_freq = np.frombuffer(reader.take(4 * n_pairs), "<f4").astype(np.float32)
-        if pairing >= len(_PAIRINGS) or not head_dim or 2 * n_pairs > head_dim or not np.isfinite(inv_freq).all():
+        fits = 0 < head_dim >= 2 * n_pairs and np.isfinite(inv_freq).all()
+        if pairing >= len(_PAIRINGS) or not fits:
             raise DamagedError(f"{reader.where}: keys cannot be turned so; damaged")
         return cls(head_dim, _PAIRINGS[pairing], inv_freq)
 

@@ -25,7 +25,7 @@ class Tier:
 TIERS = {
     "lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True),
     "near": Tier("near", registry.BOOK_TRANSFORM, exact=False, tolerance=0.02),
-    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.12),
+    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.1),
     "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.3),
 }
 DEFAULT_TIER, DEFAULT_BOOK_TIER = "lossless", "balanced"

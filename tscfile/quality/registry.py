@@ -79,8 +79,9 @@ def make_codecs(
 ) -> list[Codec]:
     """The codecs called ``wanted``, each once, in this order.
 
-    ``book``: for the tiers that are not exact; those named with `NO_BOOK` do without. Raises `UsageError` for an unknown name, and where a
-    peer learns from calibration text and there is none.
+    ``book``: for the tiers that are not exact; those named with `NO_BOOK` do without. Raises
+    `UsageError` for an unknown name, and where a peer learns from calibration text and there is
+    none.
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
     fixed, learnt = fixed_peers(), learnt_peers()
@@ -106,7 +107,8 @@ def _expand(name: str) -> Iterator[str]:
         return
     found = [
         each for each in known
-        if each not in TIERS and not each.endswith(NO_BOOK) and (name == PEERS or each.startswith(f"{name}-"))
+        if each not in TIERS and each not in _without_book()
+        and (name == PEERS or each.startswith(f"{name}-"))
     ]  # fmt: skip
     if not found:
         raise UsageError(f"codec {name!r} is unknown; known are {', '.join(known)} and {PEERS}")
