@@ -17,7 +17,7 @@ import zstandard
 from blake3 import blake3
 
 import tscfile
-from tscfile import lossy, packing, registry, temporal, tokens
+from tscfile import lossy, lossy_coding, registry, temporal, tokens
 from tscfile.archive import Archive
 from tscfile.books import book as books
 from tscfile.books.measure import TARGETS
@@ -743,7 +743,7 @@ def test_token_codings() -> None:
     page = (SPEC / "codecs" / "token-ids.md").read_text(encoding="utf-8")
     for place in (section, page):
         assert f"the last {token_ids.MOST_CONTEXT}" in place
-    assert packing._is_step(lossy.MOST_LOG_STEP) and not packing._is_step(lossy.MOST_LOG_STEP + 1)
+    assert lossy_coding.is_step(lossy.MOST_LOG_STEP) and not lossy_coding.is_step(lossy.MOST_LOG_STEP + 1)
 
 
 def test_limits_are_those_of_the_code() -> None:
@@ -766,7 +766,7 @@ def test_codec_pages_have_the_same_headings() -> None:
         page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
         for page in (SPEC / "codecs").glob("*.md")
     }
-    assert len(headings) == 7
+    assert len(headings) == 8
     assert len({tuple(found) for found in headings.values()}) == 1, headings
 
 

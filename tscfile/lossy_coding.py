@@ -286,9 +286,7 @@ class SessionCoder:
             choices += [(SessionCodec(basis), bits)] if basis.rank > codec.basis.rank else []
         found = []
         for each, bits in choices:
-            shift = learning.shift_for(
-                each, frames, self._tolerance, scales, track.tensors, shifts
-            )
+            shift = learning.shift_for(each, frames, self._tolerance, scales, track.tensors, shifts)
             if shift is not None:
                 bits += learning.bits_of(each, frames, shifts + shift, n_frames)
                 found.append((each, shift, bits))

@@ -86,11 +86,11 @@ def pack(
     """Make the archive ``path`` of one snapshot.
 
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
-    default where a ``book`` is given, which all tiers but "lossless" need. ``embed_book``: put the
-    book into the archive, which then needs no other file. ``target_kl`` (nats), ``target_ratio``:
-    in place of a tier, the step that the book expects to have this KL, or the finest that makes
-    the archive so small. ``identity``: what is known of the model
-    (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
+    default where a ``book`` is given, else "lossless". Without a book a lossy tier learns from the
+    snapshot itself. ``embed_book``: put the book into the archive, which then needs no other file.
+    ``target_kl`` (nats), ``target_ratio``: in place of a tier, the step that the book expects to
+    have this KL, or the finest that makes the archive so small. ``identity``: what is known of the
+    model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
 

@@ -99,9 +99,7 @@ class SessionCodec:
         finer = (2.0 ** (shifts / SCALES_PER_OCTAVE)).astype(np.float32)[:, None]
         parts = [
             quantize_group(group, analysis, part, finer)
-            for group, analysis, part in zip(
-                self.basis.groups, self._analysis, frames, strict=True
-            )
+            for group, analysis, part in zip(self.basis.groups, self._analysis, frames, strict=True)
         ]
         whole = [np.concatenate([found[k] for found in parts], axis=-1) for k in range(4)]
         errors = np.stack([found[4] for found in parts], axis=1)
@@ -226,4 +224,3 @@ def check_finite(frames: Sequence[Floats]) -> None:
         raise UnsupportedError(
             "keys or values are not finite, which a lossy tier cannot keep; use --tier lossless"
         )
-

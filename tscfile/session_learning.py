@@ -56,9 +56,7 @@ class Scales:
 def group_tensors(tensors: Sequence[TensorSpec]) -> list[list[int]]:
     """Indices of tensors in groups of neighbouring layers, keys first in each."""
     layers = sorted({tensor.layer for tensor in tensors})
-    size_of = {
-        layer: sum(t.n_channels for t in tensors if t.layer == layer) for layer in layers
-    }
+    size_of = {layer: sum(t.n_channels for t in tensors if t.layer == layer) for layer in layers}
     groups: list[set[int]] = []
     n_channels = 0
     for layer in layers:
@@ -255,7 +253,10 @@ class _GroupLearner:
         mean = self._mean[None] / np.float32(step)
         entries = klt.round_rows(np.concatenate([mean, rows]), exponents)
         return Group(
-            self._indices, self._sizes, np.full(len(self._sizes), step, np.float32), exponents,
+            self._indices,
+            self._sizes,
+            np.full(len(self._sizes), step, np.float32),
+            exponents,
             entries,
         )
 

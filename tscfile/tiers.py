@@ -25,8 +25,8 @@ class Tier:
 TIERS = {
     "lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True),
     "near": Tier("near", registry.BOOK_TRANSFORM, exact=False, tolerance=0.02),
-    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.12),
-    "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.3),
+    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.1),
+    "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.2),
     "archive": Tier("archive", registry.BOOK_TRANSFORM, exact=False),
 }
 CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)

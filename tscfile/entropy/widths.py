@@ -23,9 +23,7 @@ LARGEST_WIDTH = 112
 """As many as 23 low bits: no value that such a column may hold leaves 32 bits but by an escape."""
 
 _SYMBOLS_PER_LANE = 4096
-_ESCAPE_BITS = 16
 _LENGTHS = (12 - np.log2(FREQUENCIES.astype(np.float64))).astype(np.float32)
-_LENGTHS[:, ladder.ESCAPE] += _ESCAPE_BITS
 
 Ints = NDArray[np.int32]
 Widths = NDArray[np.uint8]
@@ -56,7 +54,10 @@ def choose(values: Ints) -> tuple[Widths, NDArray[np.float32]]:
         symbols = ladder.to_symbols(high)[0]
         counts = ops.count_symbols(symbols, ladder.N_SYMBOLS).astype(np.float32)
         first = 0 if not low_bits else N_CLASSES - WIDTHS_PER_OCTAVE
-        costs = counts @ _LENGTHS[first:].T + np.float32(n * low_bits)
+        escaped = np.where(symbols == ladder.ESCAPE, np.abs(high).astype(np.float32), 0)
+        # Zigzag varints of seven bits a byte.
+        extra = 8 * np.ceil(np.log2(2 * escaped + 1) / 7).sum(axis=0, dtype=np.float32)
+        costs = counts @ _LENGTHS[first:].T + (extra + np.float32(n * low_bits))[:, None]
         best = costs.argmin(axis=1)
         cost = costs[np.arange(len(columns)), best]
         better = cost < bits[columns]
@@ -64,8 +65,7 @@ def choose(values: Ints) -> tuple[Widths, NDArray[np.float32]]:
         bits[chosen] = cost[better]
         widths[chosen] = best[better] + first + 1 + WIDTHS_PER_OCTAVE * low_bits
         low_bits += 1
-        # One more low bit gains nothing where nearly all is within a few units already.
-        columns = columns[better & (largest[columns] >> low_bits >= 2)]
+        columns = columns[largest[columns] >> low_bits >= 2]
     return widths, bits
 
 

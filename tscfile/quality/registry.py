@@ -108,7 +108,7 @@ def _expand(name: str) -> Iterator[str]:
         return
     found = [
         each for each in known
-        if each not in TIERS and not each.endswith(NO_BOOK)
+        if each not in TIERS and each not in _without_book()
         and (name == PEERS or each.startswith(f"{name}-"))
     ]  # fmt: skip
     if not found:
