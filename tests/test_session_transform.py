@@ -36,7 +36,7 @@ ROPE = {"rope_base": 10000.0, "rope_dim": 8, "rope_scaling": "none", "head_dim_k
 
 def _load_decoder() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
-        "session_decoder", SPEC / "_session_transform_reference.py"
+        "session_decoder", SPEC / "reference_session_transform.py"
     )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -743,7 +743,8 @@ def test_token_codings() -> None:
     page = (SPEC / "codecs" / "token-ids.md").read_text(encoding="utf-8")
     for place in (section, page):
         assert f"the last {token_ids.MOST_CONTEXT}" in place
-    assert lossy_coding.is_step(lossy.MOST_LOG_STEP) and not lossy_coding.is_step(lossy.MOST_LOG_STEP + 1)
+    most = lossy.MOST_LOG_STEP
+    assert lossy_coding.is_step(most) and not lossy_coding.is_step(most + 1)
 
 
 def test_limits_are_those_of_the_code() -> None:
