@@ -234,10 +234,10 @@ def test_both_pairings(pairing: str, tmp_path: Path) -> None:
 def test_a_session_without_book_or_model(tmp_path: Path) -> None:
     path = tmp_path / "x.tsc"
     report = tscfile.pack(SESSION, path, tier="balanced")
-    assert report.raw_bytes > 10 * report.file_bytes
+    assert report.raw_bytes > 8 * report.file_bytes
     known = tscfile.pack(SESSION, path, tier="balanced", force=True,
                          identity=identity_from_gguf(MODEL))  # fmt: skip
-    assert known.raw_bytes > 20 * known.file_bytes
+    assert known.raw_bytes > 15 * known.file_bytes
     info = _describe(path)
     assert info.codecs == ["session-transform"]
     assert info.snapshots[0].coding["keys"] == "turned back to position 0"
@@ -580,6 +580,6 @@ def test_tiers_keep_their_promise_on_held_out_text() -> None:
     assert {codec.family for codec in codecs} == {"tscfile, no book"}
     report = evaluate(Engine(MODEL), text, codecs, Plan(frames=(768,), n_windows=8))
     found = {result.codec: result for result in report.results}
-    for name, kl, ratio in (("near", 0.001, 11), ("balanced", 0.01, 28), ("compact", 0.05, 75)):
+    for name, kl, ratio in (("near", 0.001, 9), ("balanced", 0.01, 25), ("compact", 0.05, 60)):
         assert found[name].continuation.kl_mean <= kl, name
         assert found[name].snapshot_ratio >= ratio, name

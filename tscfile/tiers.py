@@ -13,7 +13,8 @@ class Tier:
     """``exact``: what comes back is bit for bit what went in.
 
     ``tolerance``: without a book, the mean squared error in units of `tscfile.session_learning`,
-    chosen on the reference model so that the tier's KL target holds with a margin.
+    chosen so that the reference model's KL is half of the target on its calibration text: other
+    text came out up to 1.8 times as high.
     """
 
     name: str
@@ -24,9 +25,9 @@ class Tier:
 
 TIERS = {
     "lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True),
-    "near": Tier("near", registry.BOOK_TRANSFORM, exact=False, tolerance=0.02),
-    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.1),
-    "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.2),
+    "near": Tier("near", registry.BOOK_TRANSFORM, exact=False, tolerance=0.015),
+    "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.08),
+    "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.22),
     "archive": Tier("archive", registry.BOOK_TRANSFORM, exact=False),
 }
 CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)
