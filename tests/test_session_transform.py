@@ -23,8 +23,8 @@ from tscfile.entropy import width_tables, widths
 from tscfile.errors import DamagedError, TscError, UnsupportedError
 from tscfile.identity import identity_from_gguf
 from tscfile.model import CellTable, ModelIdentity, Snapshot, TensorSpec
-from tscfile.session import SessionCodec
 from tscfile.session_basis import Basis, key_turn
+from tscfile.session_codec import SessionCodec
 from tscfile.sources import open_source
 from tscfile.transforms import klt
 

@@ -17,7 +17,7 @@ import zstandard
 from blake3 import blake3
 
 import tscfile
-from tscfile import lossy, lossy_coding, registry, temporal, tokens
+from tscfile import book_codec, lossy_coding, registry, temporal, tokens
 from tscfile.archive import Archive
 from tscfile.books import book as books
 from tscfile.books.measure import TARGETS
@@ -682,13 +682,13 @@ def test_constants_of_book_tiers() -> None:
     assert f"| {ladder.ESCAPE} | *escape*" in text and f"to {ladder.LARGEST} |" in text
     text = (SPEC / "codecs" / "book-transform.md").read_text(encoding="utf-8")
     finer = re.findall(r"^ +\| (\d*) ?\| (\d*) ?\| \| (\d+) \| (\d+) \|$", text, re.M)
-    assert tuple((int(a), int(b)) for a, b, *_ in finer if a) == lossy.FINER_FIRST
-    assert tuple((int(a), int(b)) for *_, a, b in finer) == lossy.FINER_LAST
+    assert tuple((int(a), int(b)) for a, b, *_ in finer if a) == book_codec.FINER_FIRST
+    assert tuple((int(a), int(b)) for *_, a, b in finer) == book_codec.FINER_LAST
     assert f"error² + {uniform.LAMBDA} · bits" in text
     assert f"below 2^{round(np.log2(prediction._FORGOTTEN))}\n".replace("-", "−") in text
     assert prediction.N_POSITION == 2 and "| position | 2 |" in text
     text = (SPEC / "tsc.md").read_text(encoding="utf-8")
-    assert lossy.MAX_DELTA == 2 and "within two steps" in text
+    assert book_codec.MAX_DELTA == 2 and "within two steps" in text
 
 
 def test_books_are_as_their_page_says() -> None:
@@ -743,7 +743,7 @@ def test_token_codings() -> None:
     page = (SPEC / "codecs" / "token-ids.md").read_text(encoding="utf-8")
     for place in (section, page):
         assert f"the last {token_ids.MOST_CONTEXT}" in place
-    most = lossy.MOST_LOG_STEP
+    most = book_codec.MOST_LOG_STEP
     assert lossy_coding.is_step(most) and not lossy_coding.is_step(most + 1)
 
 

@@ -39,9 +39,9 @@ from .errors import DamagedError, UnsupportedError, UsageError
 from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
+    from .book_codec import BookCodec
     from .books.book import OpenBook
-    from .lossy import BookCodec
-    from .session import SessionCodec
+    from .session_codec import SessionCodec
 
 Rows = NDArray[np.uint8]
 
@@ -138,7 +138,7 @@ class ArchivedTrack:
 
     def session_codec(self, payload: memoryview, where: str) -> SessionCodec:
         """What a chunk of codec 3 is decoded with."""
-        from .session import basis_of
+        from .session_codec import basis_of
 
         basis = basis_of(payload, where)
         if basis not in self._archive.bases(self._owner):
@@ -431,7 +431,7 @@ class Archive:
     def book_codec(self, record: SnapshotRecord) -> BookCodec:
         """The codec of a snapshot's book; `UsageError` if the book cannot be found."""
         if record.number not in self._codecs:
-            from .lossy import BookCodec
+            from .book_codec import BookCodec
 
             opened = self._book(record.coding, f"{self.path}: snapshot {record.number}")
             facts = dict(record.identity)
@@ -464,8 +464,8 @@ class Archive:
 
     def session_codec(self, basis: int, where: str) -> SessionCodec:
         """The codec of a basis that the file holds; `DamagedError` if it does not."""
-        from .session import SessionCodec
         from .session_basis import Basis
+        from .session_codec import SessionCodec
 
         # One thread decodes a basis, the others wait for it.
         with self._lock:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .book_codec import BookCodec, steps_of
 from .books.basis import GROUP_CHANNELS, layer_groups
 from .books.book import Book, OpenBook, load
 from .context import FrameContext
 from .dtypes import DTYPES
 from .entropy import ladder
 from .errors import UsageError
-from .lossy import BookCodec, steps_of
 from .model import BLOCK_FRAMES, ModelIdentity, Snapshot, TensorSpec
 from .sources import identity_for, open_source
 from .transforms import channels

@@ -23,10 +23,10 @@ from .model import Snapshot, Track
 from .tiers import CUSTOM, Tier, tier_from_name
 
 if TYPE_CHECKING:
+    from .book_codec import BookCodec
     from .entropy.token_ids import TokenCoder
-    from .lossy import BookCodec
-    from .session import SessionCodec
     from .session_basis import Basis, KeyTurn
+    from .session_codec import SessionCodec
     from .session_learning import Sample, Scales
 
 Span = tuple[int, int]
@@ -95,7 +95,7 @@ class BookCoder:
     def begin(
         self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
     ) -> Callable[[Span], EncodedChunk]:
-        from .lossy import steps_of
+        from .book_codec import steps_of
 
         self._codec.check(track.tensors, "pack")
         n_positions = int(track.cells.pos.max(initial=-1)) + 1
@@ -126,7 +126,7 @@ class BookCoder:
 
 
 def is_step(value: object) -> bool:
-    from .lossy import MOST_LOG_STEP
+    from .book_codec import MOST_LOG_STEP
 
     return isinstance(value, int) and abs(value) <= MOST_LOG_STEP
 
@@ -137,7 +137,7 @@ def step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
 
     `UsageError` if even the coarsest does not reach it.
     """
-    from .lossy import MOST_LOG_STEP, steps_of
+    from .book_codec import MOST_LOG_STEP, steps_of
 
     nothing = np.zeros(0, np.int32)
     ids = tokens.encode(snapshot.tokens, nothing, codec.token_coder)
@@ -197,8 +197,8 @@ class SessionCoder:
         self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
     ) -> Callable[[Span], EncodedChunk]:
         from . import session_learning as learning
-        from .session import SessionCodec, check
         from .session_basis import key_turn
+        from .session_codec import SessionCodec, check
 
         check(track.tensors, "pack")
         turn = key_turn(snapshot.identity, track.tensors)
@@ -273,8 +273,8 @@ class SessionCoder:
         """The parent's newest basis, as it is or extended, the shift that meets the tolerance, and
         the bits that takes; None if there is none that serves."""
         from . import session_learning as learning
-        from .session import SessionCodec
         from .session_basis import MAX_CHAIN
+        from .session_codec import SessionCodec
 
         codec = self._newest(track, turn)
         if codec is None:

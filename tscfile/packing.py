@@ -185,8 +185,8 @@ def _coder(
     if tier.exact:
         return None
     if book is not None:
+        from .book_codec import BookCodec
         from .books.book import load
-        from .lossy import BookCodec
 
         codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
     elif archive is not None and parent is not None and "book" in parent.coding:

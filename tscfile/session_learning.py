@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from .entropy import widths
 from .model import CellTable, TensorSpec, Track
-from .session import SessionCodec, check_finite, quantize_group
 from .session_basis import SCALES_PER_OCTAVE, Basis, Floats, Group, KeyTurn, Rows, channels_of
+from .session_codec import SessionCodec, check_finite, quantize_group
 from .transforms import klt
 
 KEY_SHARE, VALUE_SHARE = 0.75, 1.33

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..book_codec import size_lengths
 from ..context import FrameContext
 from ..entropy import ladder
-from ..lossy import size_lengths
 from ..quantizers.uniform import quantize
 from ..transforms.grouped_basis import LayerGroups
 from .book import Book

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..book_codec import BookCodec, steps_of
 from ..context import FrameContext
 from ..dtypes import DTYPES
 from ..entropy.ladder import UNITS_PER_OCTAVE
-from ..lossy import BookCodec, steps_of
 from ..model import ModelIdentity, TensorSpec
 from ..quality.arrays import CacheShape, KVArrays, heads, rows
 from ..quality.codec import TierCodec
