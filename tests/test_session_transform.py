@@ -200,7 +200,7 @@ def test_a_tier_keeps_its_tolerance(tier: str, dtype: str, tmp_path: Path) -> No
     report = tscfile.pack(source, path, tier=tier)
     k, v = _error(path, source)
     share = k / session_learning.KEY_SHARE**2 + v / session_learning.VALUE_SHARE**2
-    assert share / 2 <= 1.1 * TIERS[tier].tolerance + (1e-4 if dtype == "bf16" else 0)
+    assert share / 2 <= 1.15 * TIERS[tier].tolerance + (1e-4 if dtype == "bf16" else 0)
     assert report.raw_bytes > 2 * report.file_bytes
     assert not tscfile.verify(path).problems
 
