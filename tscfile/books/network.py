@@ -23,6 +23,10 @@ Floats = NDArray[np.float32]
 _RATE, _DECAY = 2e-3, 0.02
 _WARM_UP = 30
 _BATCH = 4096
+_LEARNT = ("weight", "bias", "output")
+_ADAM = {"steps": "step", "mean": "exp_avg", "square": "exp_avg_sq"}
+"""What is kept of the optimizer between epochs, by the name it has there."""
+
 _RIDGE = 1e-4
 
 
@@ -132,10 +136,17 @@ def _learn_hidden(
     histories = [sample.context(i).history(features.history) for i in range(len(sample.tokens))]
     parameters = [
         torch.tensor(state[name], device=device, requires_grad=True)
-        for name in ("weight", "bias", "output")
+        for name in _LEARNT
     ]
     fixed = torch.as_tensor(linear, device=device)
     adam = torch.optim.AdamW(parameters, _RATE, weight_decay=_DECAY)
+    for name, value in zip(_LEARNT, parameters, strict=True):
+        if f"{name}_steps" in state:
+            kept = {key: torch.tensor(state[f"{name}_{short}"]) for short, key in _ADAM.items()}
+            # The count of steps stays where it is; it is no sum over the weights.
+            adam.state[value] = {
+                key: each if key == "step" else each.to(device) for key, each in kept.items()
+            }
     n_frames = sum(len(each) for each in sample.tokens)
     n_batches = max(1, -(-n_frames // _BATCH))
     for epoch in range(int(state["epoch"]), epochs):
@@ -159,8 +170,10 @@ def _learn_hidden(
             adam.zero_grad()
             loss.backward()
             adam.step()
-        for name, value in zip(("weight", "bias", "output"), parameters, strict=True):
+        for name, value in zip(_LEARNT, parameters, strict=True):
             state[name] = value.detach().cpu().numpy()
+            for short, key in _ADAM.items():
+                state[f"{name}_{short}"] = adam.state[value][key].cpu().numpy()
         state["epoch"] = np.array(epoch + 1)
         checkpoint.put("network", state)
     return state
