@@ -235,7 +235,7 @@ class Archive:
         self._codecs: dict[int, BookCodec] = {}
         self._bases: dict[int, RecordRef] | None = None
         self._session_codecs: dict[int, SessionCodec] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
@@ -316,7 +316,11 @@ class Archive:
 
     def tokens(self, number: int = -1) -> NDArray[np.int32]:
         """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it."""
-        record = self.record(number)
+        # Blocks are decoded by several threads, and each asks.
+        with self._lock:
+            return self._read_tokens(self.record(number))
+
+    def _read_tokens(self, record: SnapshotRecord) -> NDArray[np.int32]:
         # The first of its tokens are the parent's, and so on: a loop, as chains are long.
         chain = [record]
         while chain[-1].number not in self._tokens and chain[-1].ids.kept:
