@@ -82,6 +82,11 @@ def test_other_options_begin_anew(tmp_path: Path) -> None:
     first.put("stage", {"done": np.array(3)})
     assert Checkpoint(tmp_path / "x", "a").get("stage") == {"done": 3}
     assert Checkpoint(tmp_path / "x", "b").get("stage") is None
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "letter").write_text("mine")
+    with pytest.raises(UsageError, match="in the way"):
+        Checkpoint(tmp_path / "own", "b")
+    assert (tmp_path / "own" / "letter").exists()
     (tmp_path / "x" / "stage.npz").write_bytes(b"torn")
     assert Checkpoint(tmp_path / "x", "b").get("stage") is None
 

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UsageError
+
 T = TypeVar("T")
 State = dict[str, NDArray[Any]]
 
@@ -21,8 +23,8 @@ _EVERY_SECONDS = 30.0
 class Checkpoint:
     """Named states of arrays in a folder, kept as ``.npz`` (never pickled).
 
-    States of another ``key`` (another model, text or choice of options) are thrown away. With no
-    ``folder`` nothing is kept.
+    States of another ``key`` (another model, text or choice of options) are thrown away;
+    `UsageError` for a folder that no training made. With no ``folder`` nothing is kept.
     """
 
     def __init__(self, folder: Path | None, key: str) -> None:
@@ -30,7 +32,9 @@ class Checkpoint:
         if folder is None:
             return
         note = folder / "key"
-        if folder.exists() and (not note.exists() or note.read_text() != key):
+        if folder.exists() and not note.is_file():
+            raise UsageError(f"{folder}: is in the way of what training keeps there; move it")
+        if folder.exists() and note.read_text() != key:
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700, exist_ok=True)
         note.write_text(key)

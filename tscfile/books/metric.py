@@ -4,6 +4,8 @@
   value, for continuation tokens y drawn from the model, with random signs so that cross terms
   vanish. KL of the next-token distribution is then about half the F-weighted squared error: F is
   the Fisher matrix of the cache entries (Amari, Natural gradient, 1998).
+- *attention*: what it does to the outputs of attention, layer by layer
+  (`Engine.attention_moments`): needs weights and no gradients.
 - *plain*: the identity for each tensor, over its mean variance: every tensor counts alike. For
   where there is no model.
 """
