@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SESSION, TURNS, write_kv, write_large_kv
+from conftest import ROOT, SAMPLES, SESSION, TURNS, write_kv, write_large_kv
 from tscfile_cli.main import main
 
 import tscfile
@@ -517,3 +517,27 @@ def test_eval_looks_at_its_outputs_first(tmp_path: Path, capfd: Capture) -> None
     start = ("eval", "--model", tmp_path / "none.gguf", "--text", text)
     assert "plot is a .png" in fails(capfd, 2, *start, "--plot", tmp_path / "p.txt")
     assert "does not exist" in fails(capfd, 2, *start, "--json", tmp_path / "none" / "x.json")
+
+
+def test_bench_and_books_refuse_what_they_cannot_take(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    book = SAMPLES / "model" / "reference-llama-6m.tscbook"
+    two_caches = next(ROOT.glob("tests/golden/llama/*_gemma3_f16_*.kv"))
+    cut = tmp_path / "cut.tscbook"
+    cut.write_bytes(book.read_bytes()[:1_000_000])
+    cases = [
+        (["bench"], 2),
+        (["bench", str(SESSION)], 2),
+        (["bench", "--shape", "none"], 2),
+        (["bench", str(SESSION), "--book", str(cut)], 3),
+        (["bench", str(two_caches), "--book", str(book)], (2, 4, 5)),
+        (["book", "learn", str(SESSION), "-o", str(tmp_path / "x.tscbook")], 5),
+        (["book", "learn", str(book), "-o", str(tmp_path / "x.tscbook")], 2),
+        (["book", "learn", str(ROOT / "README.md"), "-o", str(tmp_path / "x.tscbook")], 3),
+    ]
+    for arguments, code in cases:
+        found = main(arguments)
+        assert found == code or (isinstance(code, tuple) and found in code), arguments
+        assert capfd.readouterr().err.count("\n") == 1, arguments
+    assert not (tmp_path / "x.tscbook").exists()

@@ -88,9 +88,9 @@ def bench_state(
     snapshot = open_source(state)
     if model is not None:
         from .identity import identity_from_gguf
+        from .packing import identify
 
-        known = identity_for(snapshot, identity_from_gguf(model))
-        snapshot.identity.facts.update(known.facts if known else {})
+        identify(snapshot, identity_for(snapshot, identity_from_gguf(model)))
     codec = BookCodec(load(book), snapshot.identity, str(book))
     report = _bench(snapshot, codec, codec.book.tier(tier).log_step, tier, str(state), progress)
     if model is not None:
@@ -119,7 +119,9 @@ def _bench(
     snapshot: Snapshot, codec: BookCodec, log_step: int, tier: str, what: str,
     progress: Callable[[str], None],
 ) -> BenchReport:  # fmt: skip
-    (track,) = snapshot.tracks
+    if len(snapshot.tracks) != 1 or not len(snapshot.tracks[0].cells):
+        raise UsageError(f"{what}: has {len(snapshot.tracks)} caches; name a state of one")
+    track = snapshot.tracks[0]
     tensors = track.tensors
     codec.check(tensors, what)
     n = len(track.cells)

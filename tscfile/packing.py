@@ -103,7 +103,7 @@ def pack(
     target = Target(target_kl, target_ratio)
     chosen = target.tier(tier) or tier_from_name(DEFAULT_BOOK_TIER if book else DEFAULT_TIER)
     snapshot, label = _open(source, name)
-    _identify(snapshot, identity)
+    identify(snapshot, identity)
     coder = _coder(chosen, book, snapshot, target)
     with files.new_file(path, force=force) as fd:
         writer = ContainerWriter(fd)
@@ -139,7 +139,7 @@ def append(
     with _locked(path, wait) as fd, Archive(path, book=book) as archive:
         parent, n_common = _choose_parent(archive, snapshot.tokens)
         old = archive.record(parent) if parent is not None else None
-        _identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
+        identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
         coder = _coder(chosen, book, snapshot, Target(), archive if old else None, old)
         planned = _plan(archive, snapshot, parent, n_common, coder)
@@ -218,7 +218,7 @@ def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
     return snapshot, os.fsencode(name).decode(errors="replace")
 
 
-def _identify(
+def identify(
     snapshot: Snapshot, given: ModelIdentity | None, recorded: ModelIdentity | None = None
 ) -> None:
     """Give the snapshot the identity it is stored with; `MismatchError` if two disagree."""

@@ -101,6 +101,7 @@ def learn(
     from tscfile import files
     from tscfile.archive import Archive
     from tscfile.books.learn import learn as learn_book
+    from tscfile.packing import identify
     from tscfile.sources import identity_for, open_source
 
     identity = model_identity(model)
@@ -111,9 +112,7 @@ def learn(
                 snapshots.append(opened.enter_context(Archive(path)).snapshot())
             else:
                 snapshots.append(open_source(path))
-            known = identity_for(snapshots[-1], identity)
-            if known:
-                snapshots[-1].identity.facts.update(known.facts)
+            identify(snapshots[-1], identity_for(snapshots[-1], identity))
         with status(quiet) as tell:
             book = learn_book(snapshots, tell)
         _write(fd, output, book, quiet)

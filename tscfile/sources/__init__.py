@@ -13,6 +13,7 @@ SUFFIXES = {"gguf": ".gguf", "safetensors": ".safetensors", "npz": ".npz"}
 """Carriers by name, and the names their files end in."""
 
 _ARCHIVE = b"\x89TSC"
+_BOOK = b"\x89TSCBOOK"
 
 
 def open_source(path: str | os.PathLike[str]) -> Snapshot:
@@ -28,6 +29,8 @@ def open_source(path: str | os.PathLike[str]) -> Snapshot:
         raise UsageError(f"{path}: is a pipe, which cannot be mapped; give it as standard input, -")
     with open(path, "rb") as file:
         head, size = file.read(16), os.fstat(file.fileno()).st_size
+    if head.startswith(_BOOK):
+        raise UsageError(f"{path}: is a book and holds no state; give it with --book")
     if head.startswith(_ARCHIVE):
         raise UsageError(f"{path}: is an archive already; take a snapshot out with unpack")
     if head.startswith(gguf_cache.MAGIC):
