@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tscfile.tiers import TIERS
+
 if TYPE_CHECKING:
     from tscfile.model import ModelIdentity
 
@@ -58,6 +60,34 @@ def book_option(function: F) -> F:
     return click.option(
         "--book", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
         help="The model's book; looked for beside the archive and in TSC_BOOKS.",
+    )(function)  # fmt: skip
+
+
+def tier_options(help_text: str) -> Callable[[F], F]:
+    """``--tier`` for one tier, ``--tiers`` for quality layers; `chosen_tiers` joins them."""
+
+    def decorate(function: F) -> F:
+        layers = click.option(
+            "--tiers", metavar="A,B,…",
+            help="Several, the coarsest first: each is stored as what the one before lacks.",
+        )  # fmt: skip
+        return click.option("--tier", type=click.Choice(list(TIERS)), help=help_text)(
+            layers(function)
+        )
+
+    return decorate
+
+
+def chosen_tiers(tier: str | None, tiers: str | None) -> str | list[str] | None:
+    if tier is not None and tiers is not None:
+        raise click.UsageError("give --tier or --tiers, not both")
+    return tier if tiers is None else [name.strip() for name in tiers.split(",")]
+
+
+def layer_option(function: F) -> F:
+    return click.option(
+        "--tier", type=click.Choice(list(TIERS)),
+        help="Of a save with quality layers the one to read; the finest by default.",
     )(function)  # fmt: skip
 
 

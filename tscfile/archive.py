@@ -35,7 +35,7 @@ from .container.records import (
 )
 from .context import FrameContext
 from .entropy import zstd
-from .errors import DamagedError, UnsupportedError, UsageError
+from .errors import DamagedError, UsageError
 from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
@@ -68,9 +68,13 @@ class Frames:
 class ArchivedTrack:
     """A `tscfile.model.Track` whose frames are decoded from the archive when read."""
 
-    def __init__(self, archive: Archive, record: TrackRecord, owner: SnapshotRecord) -> None:
+    def __init__(
+        self, archive: Archive, record: TrackRecord, owner: SnapshotRecord, layer: int = -1
+    ) -> None:
+        """``layer``: the quality layer to read; the last of each block by default."""
         self._archive = archive
         self._owner = owner
+        self._layer = layer
         self.cache = record.cache
         self.stream = record.stream
         self.attributes = record.attributes
@@ -118,23 +122,34 @@ class ArchivedTrack:
         if chunk.codec not in registry.LOSSY:
             rows = self._archive.decode(run.block, chunk, self.tensors)
             return [part[run.first : run.first + run.count] for part in rows]
-        where, payload = self.lossy_payload(run.block, chunk)
+        where, payloads = self.lossy_payloads(run.block, chunk)
         context = self.context(cell, cell + run.count)
         if chunk.codec == registry.SESSION_TRANSFORM:
-            codec = self.session_codec(payload, where)
-            return codec.decode(payload, self.tensors, run.first, context.pos, where)
-        return self.codec().decode(payload, self.tensors, run.first, context, where)
+            codec = self.session_codec(payloads[0], where)
+            return codec.decode(payloads[0], self.tensors, run.first, context.pos, where)
+        return self.codec().decode(payloads, self.tensors, run.first, context, where)
 
-    def lossy_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
-        """A lossy chunk that fits index, snapshot, and book or basis."""
-        where, payload = self._archive.chunk_payload(number, chunk)
-        header = ChunkHeader.read(ByteReader(payload, where))
-        self._archive.check_header(number, chunk, header, self.tensors, where)
-        codec = self.codec() if chunk.codec == registry.BOOK_TRANSFORM else (
-            self.session_codec(payload, where)
-        )  # fmt: skip
+    def lossy_payloads(self, number: int, chunk: ChunkEntry) -> tuple[str, list[memoryview]]:
+        """A lossy chunk and those that it refines, the base first; they fit index, snapshot, and
+        book or basis."""
+        payloads = []
+        entry = self._archive.container.blocks[number]
+        for each in entry.chunks[: chunk.quality_layer + 1]:
+            where, payload = self._archive.chunk_payload(number, each)
+            header = ChunkHeader.read(ByteReader(payload, where))
+            self._archive.check_header(number, each, header, self.tensors, where)
+            payloads.append(payload)
+        codec = self.session_codec(payloads[0], where) if (
+            chunk.codec == registry.SESSION_TRANSFORM
+        ) else self.codec()  # fmt: skip
         codec.check(self.tensors, where)
-        return where, payload
+        return where, payloads
+
+    def chunks(self, run: FrameRun) -> tuple[ChunkEntry, ...]:
+        """Those of the layer that is read. A block may have fewer: it is then read as it is."""
+        entry = self._archive.block(run)
+        layer = self._layer if self._layer < entry.n_layers else -1
+        return entry.layer(layer)
 
     def session_codec(self, payload: memoryview, where: str) -> SessionCodec:
         """What a chunk of codec 3 is decoded with."""
@@ -152,7 +167,7 @@ class ArchivedTrack:
     def find_book(self) -> None:
         """Find the book that the track's blocks need, if they do; raises as `codec` does."""
         chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
-        if any(chunk.codec == registry.BOOK_TRANSFORM for chunk in chunks):
+        if any(chunk.codec in registry.OF_BOOK for chunk in chunks):
             self.codec()
 
     @property
@@ -172,7 +187,7 @@ class ArchivedTrack:
         for run in self.runs:
             first, last = at - start, at + run.count - start
             entry = self._archive.block(run)
-            is_whole = run.count == entry.n_frames and is_exact(entry)
+            is_whole = run.count == entry.n_frames and are_exact(self.chunks(run))
             if first >= 0 and last <= stop - start and is_whole:
                 yield run.block, [out[i][first:last] for i in range(len(out))]
             at += run.count
@@ -181,17 +196,18 @@ class ArchivedTrack:
         """Decode a whole block of the track; `DamagedError` if it is not what was packed."""
         entry = self._archive.container.blocks[number]
         if is_exact(entry):
-            decoded = (self._archive.decode(number, c, self.tensors) for c in entry.chunks)
+            decoded = (self._archive.decode(number, c, self.tensors) for c in entry.layer(-1))
             self._archive.check_content(number, [part for rows in decoded for part in rows])
+        lossy = [chunk for chunk in entry.chunks if chunk.codec in registry.LOSSY]
+        if not lossy:
             return
-        for chunk in entry.chunks:
-            where, payload = self.lossy_payload(number, chunk)
-            if blocks.opaque_id(payload) != entry.content_id:
-                raise DamagedError(f"{where}: is not what was packed; damaged")
-            if chunk.codec == registry.SESSION_TRANSFORM:
-                self.session_codec(payload, where).integers(payload, where)
-            else:
-                self.codec().read(payload, where)
+        where, payloads = self.lossy_payloads(number, lossy[-1])
+        if not is_exact(entry) and blocks.opaque_id(*payloads) != entry.content_id:
+            raise DamagedError(f"{where}: is not what was packed; damaged")
+        if lossy[-1].codec == registry.SESSION_TRANSFORM:
+            self.session_codec(payloads[0], where).integers(payloads[0], where)
+        else:
+            self.codec().read(payloads, where)
 
     def _check_block(self, task: tuple[int, list[Rows]]) -> None:
         number, rows = task
@@ -206,7 +222,7 @@ class ArchivedTrack:
             first, last = max(at, start), min(at + run.count, stop)
             if first < last:
                 part = FrameRun(run.block, run.first + first - at, last - first)
-                for chunk in self._archive.block(run).chunks:
+                for chunk in self.chunks(run):
                     tensors = range(chunk.first_tensor, chunk.first_tensor + chunk.n_tensors)
                     if any(tensor in wanted for tensor in tensors):
                         yield part, first - start, chunk
@@ -214,8 +230,12 @@ class ArchivedTrack:
 
 
 def is_exact(block: BlockEntry) -> bool:
-    """Do the chunks of a block give back the very rows that were packed?"""
-    return all(chunk.codec not in registry.LOSSY for chunk in block.chunks)
+    """Does the last layer of a block give back the very rows that were packed?"""
+    return are_exact(block.layer(-1))
+
+
+def are_exact(chunks: Sequence[ChunkEntry]) -> bool:
+    return all(chunk.codec not in registry.LOSSY for chunk in chunks)
 
 
 class Archive:
@@ -346,18 +366,33 @@ class Archive:
             coder = self._book(coding, where).token_coder
         return tokens.decode(ids, before, coder, where)
 
-    def snapshot(self, number: int = -1) -> Snapshot:
-        """Snapshot ``number`` with tracks that decode on demand, and its opaque parts."""
+    def snapshot(self, number: int = -1, tier: str | None = None) -> Snapshot:
+        """Snapshot ``number`` with tracks that decode on demand, and its opaque parts.
+
+        ``tier``: of a snapshot with quality layers the one to read, the finest by default;
+        `UsageError` if it is none of them.
+        """
         record = self.record(number)
+        layer = -1 if tier is None else self._layer_of(record, tier)
         allowance = self._container.allowance()
+        tracks = [ArchivedTrack(self, track, record, layer) for track in record.tracks]
         return Snapshot(
             tokens=self.tokens(record.number),
-            tracks=[ArchivedTrack(self, track, record) for track in record.tracks],
+            tracks=tracks,
             source=dict(record.source),
             opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
-            exact=not record.coding,
+            exact=all(are_exact(track.chunks(run)) for track in tracks for run in track.runs),
         )
+
+    def _layer_of(self, record: SnapshotRecord, tier: str) -> int:
+        names = record.layers
+        if tier not in names:
+            raise UsageError(
+                f"{self.path}: snapshot {record.number} has no tier {tier}; "
+                f"it has {', '.join(names)}"
+            )
+        return names.index(tier)
 
     def read(
         self,
@@ -509,15 +544,17 @@ class Archive:
                 f"{self.path}: block {number} does not decode to what was packed; damaged"
             )
 
-    def restore_bytes(self, number: int = -1) -> int:
-        """Bytes of the file needed to restore one snapshot, structure included."""
+    def restore_bytes(self, number: int = -1, layer: int | None = None) -> int:
+        """Bytes of the file needed to restore one snapshot, structure included; ``layer``: with
+        quality layers up to this one and no others."""
         record = self.record(number)
         used = {run.block for track in record.tracks for run in track.runs}
         total = Header.SIZE + Trailer.SIZE
         total += sum(segment.ref.length for segment in self._container.segments)
         total += sum(
             chunk.ref.length for block in used for chunk in self._container.blocks[block].chunks
-        )
+            if layer is None or chunk.quality_layer <= layer
+        )  # fmt: skip
         total += sum(entry.ref.length for entry in record.opaque)
         total += sum(ref.length for ref in self._bases_of(record))
         ancestor: int | None = record.number
@@ -571,21 +608,33 @@ class Archive:
             del self._records[oldest], self._record_bytes[oldest]
 
     def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
-        """The chunks of a block must be all tensors of the track, once and in order."""
+        """Each quality layer of a block must be all tensors of the track, once and in order, and
+        the layers build on each other."""
+        by_layer = [block.layer(number) for number in range(block.n_layers)]
+        whole = block.chunks == tuple(chunk for chunks in by_layer for chunk in chunks)
+        for number, chunks in enumerate(by_layer):
+            whole = whole and self._holds(chunks, block, track)
+            codecs = {chunk.codec for chunk in chunks}
+            if codecs & registry.LOSSY:
+                # One chunk of all tensors; what refines needs what it refines below it.
+                below = {chunk.codec for chunk in by_layer[number - 1]} if number else set()
+                refines = codecs == {registry.BOOK_REFINEMENT}
+                fits = bool(below) and below <= registry.OF_BOOK if refines else not number
+                whole = whole and fits and len(chunks) == 1
+            else:
+                whole = whole and number == block.n_layers - 1
+        if not whole or (track.tensors and not by_layer):
+            raise DamagedError(f"{where}: a block does not hold the tensors of its track; damaged")
+
+    def _holds(self, chunks: Sequence[ChunkEntry], block: BlockEntry, track: TrackRecord) -> bool:
         next_tensor = 0
-        for chunk in block.chunks:
-            if chunk.quality_layer:
-                raise UnsupportedError(
-                    f"{where}: has quality layers, which this build does not know; "
-                    "a newer tscfile may"
-                )
+        for chunk in chunks:
             held = track.tensors[next_tensor : next_tensor + chunk.n_tensors]
             raw_length = block.n_frames * sum(spec.row_bytes for spec in held)
             if (chunk.first_tensor, chunk.raw_length) != (next_tensor, raw_length):
-                break
+                return False
             next_tensor += chunk.n_tensors
-        if next_tensor != len(track.tensors) or (len(block.chunks) > 1 and not is_exact(block)):
-            raise DamagedError(f"{where}: a block does not hold the tensors of its track; damaged")
+        return next_tensor == len(track.tensors)
 
     def _opaque(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:
         where = f"{self.path}: opaque part {entry.name!r} at offset {entry.ref.offset}"

@@ -133,7 +133,7 @@ def _bench(
 
     def encode() -> list[memoryview]:
         parts = zip(rows, contexts, steps, strict=True)
-        chunks = [codec.encode(part, tensors, context, each) for part, context, each in parts]
+        chunks = [codec.encode(part, tensors, context, [each])[0] for part, context, each in parts]
         return [memoryview(chunk.header.write() + chunk.body) for chunk in chunks]
 
     encoding, payloads = _best(encode, 2)
@@ -143,9 +143,9 @@ def _bench(
     progress("decoding")
     book = codec.book
     pairs = list(zip(payloads, contexts, strict=True))
-    decoding, _ = _best(lambda: [codec.decode(p, tensors, 0, c, what) for p, c in pairs])
+    decoding, _ = _best(lambda: [codec.decode([p], tensors, 0, c, what) for p, c in pairs])
     report.add("decode", decoding)
-    reading, read = _best(lambda: [codec.read(p, what) for p in payloads])
+    reading, read = _best(lambda: [codec.read([p], what) for p in payloads])
     report.add("  entropy decoder", reading)
     n_symbols = sum(segment.values.size for segments in read for segment in segments)
     report.symbols_s = n_symbols / reading / 1e6

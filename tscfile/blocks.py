@@ -74,8 +74,12 @@ def content_id(rows: Sequence[NDArray[np.uint8]]) -> bytes:
     return digest.digest(length=ID_BYTES)
 
 
-def opaque_id(content: bytes | memoryview) -> bytes:
-    return blake3(content).digest(length=ID_BYTES)
+def opaque_id(*contents: bytes | memoryview) -> bytes:
+    """First 16 bytes of the BLAKE3 of all ``contents``, one after another."""
+    digest = blake3()
+    for content in contents:
+        digest.update(content)
+    return digest.digest(length=ID_BYTES)
 
 
 def logical_ids(

@@ -2,7 +2,8 @@
 
 rows -> channels before RoPE -> less the prediction from the tokens -> coefficients in the book's
 basis -> integers of one step -> rANS. Frames decode on their own: a prediction needs the tokens,
-which every archive has, and no other frame.
+which every archive has, and no other frame. The integers of a finer step may be stored as what is
+missing from those of a coarser one, a quality layer above it.
 
 Frames that later tokens lean on more take a finer step: the first ones, which all attend to, and
 the newest ones, which what comes next attends to most.
@@ -23,8 +24,8 @@ from .bytestream import ByteReader, ByteWriter
 from .container.records import ChunkHeader
 from .container.writer import EncodedChunk
 from .context import FrameContext
-from .entropy import ladder, segments
-from .errors import MismatchError, UnsupportedError
+from .entropy import ladder, refinement, segments
+from .errors import DamagedError, MismatchError, UnsupportedError
 from .identity import ROPE_PAIRING, compare
 from .model import ModelIdentity, TensorSpec
 from .quantizers import uniform
@@ -76,6 +77,16 @@ class Segment:
     values: NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class _Integers:
+    """What a layer stores of a run of frames: ``log_step`` in 1/256 octaves, coefficients of each
+    group, values int32 ``[n, sum(counts)]``."""
+
+    log_step: int
+    counts: list[int]
+    values: NDArray[np.int32]
+
+
 class BookCodec:
     """Encodes and decodes the tensors of one model with its book."""
 
@@ -118,38 +129,77 @@ class BookCodec:
 
     def encode(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext,
-        steps: NDArray[np.int32],
-    ) -> EncodedChunk:  # fmt: skip
+        layers: Sequence[NDArray[np.int32]],
+    ) -> list[EncodedChunk]:  # fmt: skip
         """Code all tensors of a track, one uint8 ``[n, row_bytes]`` each, n > 0.
 
-        ``steps``: int32 ``[n]``, see `steps_of`.
+        ``layers``: for each quality layer, the base first, int32 ``[n]``, see `steps_of`; from
+        layer to layer finer, and by the same in all frames.
         """
         residual = self._residual(rows, tensors, context)
-        writer = ByteWriter()
-        for start, stop in _runs(steps):
-            step = int(steps[start])
-            counts = self.book.stored(step)
-            classes = ladder.class_of(self.book.log_sigmas, step)[self.book.columns(counts)]
-            scaled = self.book.analyse(residual[start:stop], counts)
-            scaled *= np.float32(2.0 ** (-step / ladder.UNITS_PER_OCTAVE))
-            if not np.abs(scaled).max(initial=0) < 1 << 30:
-                raise UnsupportedError("keys or values are too large for so fine a step")
+        writers = [ByteWriter() for _ in layers]
+        for start, stop in _runs(layers[0]):
+            below = None
+            for writer, steps in zip(writers, layers, strict=True):
+                below = self._encode(writer, residual[start:stop], int(steps[start]), below)
+        row_bytes = tuple(part.shape[1] for part in rows)
+        chunks = []
+        for number, writer in enumerate(writers):
+            codec = registry.BOOK_REFINEMENT if number else registry.BOOK_TRANSFORM
+            dtype_id = tensors[0].dtype.ggml_id
+            header = ChunkHeader(codec, number, len(rows[0]), 0, dtype_id, row_bytes)
+            chunks.append(EncodedChunk(header, writer.bytes()))
+        return chunks
+
+    def _encode(
+        self, writer: ByteWriter, residual: Floats, step: int, below: _Integers | None
+    ) -> _Integers:
+        """Append a segment; ``below``: the same frames in the layer below, None in the base."""
+        counts = self.book.stored(step)
+        columns = self.book.columns(counts)
+        scaled = self.book.analyse(residual, counts)
+        scaled *= np.float32(2.0 ** (-step / ladder.UNITS_PER_OCTAVE))
+        if not np.abs(scaled).max(initial=0) < 1 << 30:
+            raise UnsupportedError("keys or values are too large for so fine a step")
+        if below is None:
+            classes = ladder.class_of(self.book.log_sigmas, step)[columns]
             values = uniform.quantize(scaled, self._lengths, classes)
             segments.encode(writer, values, step, classes, self.book.frequencies)
-        row_bytes = tuple(part.shape[1] for part in rows)
-        header = ChunkHeader(
-            registry.BOOK_TRANSFORM, 0, len(rows[0]), 0, tensors[0].dtype.ggml_id, row_bytes
+            return _Integers(step, counts, values)
+        centres, classes = self._expect(below, step)
+        apart = uniform.quantize(scaled - centres.astype(np.float32), self._lengths, classes)
+        writer.uvarint(len(apart)).pack("h", step)
+        # Every value has a class of its own.
+        flat = apart.reshape(1, -1), classes.reshape(-1)
+        segments.write_values(writer, *flat, self.book.frequencies)
+        return _Integers(step, counts, (centres + apart).astype(np.int32))
+
+    def _expect(
+        self, below: _Integers, step: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`refinement.expect` of all coefficients stored at ``step``, given those ``below``."""
+        columns = self.book.columns(self.book.stored(step))
+        known = self.book.columns(below.counts)
+        values = np.zeros((len(below.values), len(self.book.log_sigmas)), np.int32)
+        values[:, known] = below.values
+        is_stored = np.zeros(values.shape[1], bool)
+        is_stored[known] = True
+        log_sigmas = self.book.log_sigmas[columns]
+        return refinement.expect(
+            values[:, columns], is_stored[columns], log_sigmas, below.log_step, step
         )
-        return EncodedChunk(header, writer.bytes())
 
     def decode(
-        self, payload: memoryview, tensors: Sequence[TensorSpec], first: int, context: FrameContext,
-        where: str,
+        self, payloads: Sequence[memoryview], tensors: Sequence[TensorSpec], first: int,
+        context: FrameContext, where: str,
     ) -> list[Rows]:  # fmt: skip
-        """Frames ``first`` to ``first + len(context.pos)`` of a chunk."""
+        """Frames ``first`` to ``first + len(context.pos)`` of a block.
+
+        ``payloads``: chunks of its layers from the base to the one wanted.
+        """
         predicted = self.book.network(context)
         frames = np.empty((len(predicted), self.book.n_channels), np.float32)
-        for place, segment, values in _within(self.read(payload, where), first, len(frames)):
+        for place, segment, values in _within(self.read(payloads, where), first, len(frames)):
             frames[place] = self.book.synthesize(
                 predicted[place], values, segment.counts, segment.step
             )
@@ -157,31 +207,53 @@ class BookCodec:
             frames, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
         )
 
-    def read(self, payload: memoryview, where: str) -> list[Segment]:
-        """The integers of a whole chunk; `DamagedError` if it is not one."""
-        reader = ByteReader(payload, where)
+    def read(self, payloads: Sequence[memoryview], where: str) -> list[Segment]:
+        """The integers of a whole block at the last of the layers; `DamagedError` if they are no
+        layers of one block."""
+        reader = ByteReader(payloads[0], where)
         n_frames = ChunkHeader.read(reader).n_frames
-        found: list[Segment] = []
+        integers: list[_Integers] = []
         start = 0
         while start < n_frames:
             log_step, values = segments.decode(
                 reader, self.book.log_sigmas, self.book.frequencies, n_frames - start
             )
-            step = 2.0 ** (log_step / ladder.UNITS_PER_OCTAVE)
-            stop = start + len(values)
-            found.append(Segment(start, stop, step, self.book.stored(log_step), values))
-            start = stop
+            integers.append(_Integers(log_step, self.book.stored(log_step), values))
+            start += len(values)
         reader.end()
+        for payload in payloads[1:]:
+            reader = ByteReader(payload, where)
+            ChunkHeader.read(reader)
+            integers = [self._refine(reader, below) for below in integers]
+            reader.end()
+        found: list[Segment] = []
+        for each in integers:
+            start = found[-1].stop if found else 0
+            step = 2.0 ** (each.log_step / ladder.UNITS_PER_OCTAVE)
+            found.append(Segment(start, start + len(each.values), step, each.counts, each.values))
         return found
 
+    def _refine(self, reader: ByteReader, below: _Integers) -> _Integers:
+        """The next segment of a refinement, which is of the frames of ``below``."""
+        n_frames = reader.uvarint()
+        (step,) = reader.unpack("h")
+        if n_frames != len(below.values) or not 0 < below.log_step - step <= refinement.MAX_RATIO:
+            raise DamagedError(f"{reader.where}: a refinement of other frames or steps; damaged")
+        centres, classes = self._expect(below, step)
+        apart = segments.read_values(reader, 1, classes.reshape(-1), self.book.frequencies)
+        values = centres + apart.reshape(centres.shape)
+        if np.abs(values).max(initial=0) > np.iinfo(np.int32).max:
+            raise DamagedError(f"{reader.where}: refined integers beyond 32 bits; damaged")
+        return _Integers(step, self.book.stored(step), values.astype(np.int32))
+
     def same(
-        self, payload: memoryview, first: int, rows: Sequence[Rows], tensors: Sequence[TensorSpec],
-        context: FrameContext, where: str,
+        self, payloads: Sequence[memoryview], first: int, rows: Sequence[Rows],
+        tensors: Sequence[TensorSpec], context: FrameContext, where: str,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Which frames ``rows`` lie within `MAX_DELTA` steps of what is stored, bool ``[n]``."""
         residual = self._residual(rows, tensors, context)
         near = np.zeros(len(residual), bool)
-        for place, segment, values in _within(self.read(payload, where), first, len(near)):
+        for place, segment, values in _within(self.read(payloads, where), first, len(near)):
             new = self.book.analyse(residual[place], segment.counts)
             apart = np.abs(new - uniform.dequantize(values, segment.step))
             near[place] = (apart <= MAX_DELTA * segment.step).all(axis=1)

@@ -31,10 +31,21 @@ class TensorGroup:
 
 
 @dataclass(frozen=True)
+class LayerInfo:
+    """A quality layer: what it and those below it take, with all else that restoring needs, and
+    the snapshot ratio of that."""
+
+    tier: str
+    restore_bytes: int
+    ratio: float
+
+
+@dataclass(frozen=True)
 class SnapshotInfo:
-    """One save. ``restore_bytes``: what of the file is needed to restore it;
+    """One save. ``restore_bytes``: what of the file is needed to restore it, all layers;
     ``ratio``: ``raw_bytes / restore_bytes``, the snapshot ratio. ``coding``: of a lossy tier the
-    book it needs (``book``), the step, and the KL measured when the book was made."""
+    book it needs (``book``), the step, and the KL measured when the book was made. ``layers``:
+    the base first; one without quality layers."""
 
     number: int
     name: str
@@ -47,6 +58,7 @@ class SnapshotInfo:
     restore_bytes: int
     ratio: float
     coding: dict[str, Any]
+    layers: list[LayerInfo]
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,13 @@ def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo
         restore_bytes=restore,
         ratio=raw / restore,
         coding=dict(record.coding),
+        layers=[_describe_layer(archive, record, raw, i) for i in range(len(record.layers))],
     )
+
+
+def _describe_layer(archive: Archive, record: SnapshotRecord, raw: int, layer: int) -> LayerInfo:
+    restore = archive.restore_bytes(record.number, layer)
+    return LayerInfo(record.layers[layer], restore, raw / restore)
 
 
 def _group(track: TrackRecord, tensors: Sequence[TensorSpec]) -> TensorGroup:

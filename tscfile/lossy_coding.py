@@ -20,7 +20,7 @@ from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
 from .model import Snapshot, Track
-from .tiers import CUSTOM, Tier, tier_from_name
+from .tiers import CUSTOM, Tier, tiers_from_names
 
 if TYPE_CHECKING:
     from .book_codec import BookCodec
@@ -43,16 +43,16 @@ class Target:
     kl: float | None = None
     ratio: float | None = None
 
-    def tier(self, name: str | None) -> Tier | None:
-        """The tier called ``name``, or `CUSTOM` for a target; None if nothing was asked for."""
-        asked = [each for each in (name, self.kl, self.ratio) if each is not None]
+    def tiers(self, names: str | Sequence[str] | None) -> list[Tier] | None:
+        """The tiers called ``names``, or `CUSTOM` for a target; None if nothing was asked for."""
+        asked = [each for each in (names, self.kl, self.ratio) if each is not None]
         if len(asked) > 1:
             raise UsageError("give one of a tier, a target KL and a target ratio")
         if not asked:
             return None
         if not all(0 < each < math.inf for each in (self.kl or 1, self.ratio or 1)):
             raise UsageError("a target is a positive number")
-        return CUSTOM if name is None else tier_from_name(name)
+        return [CUSTOM] if names is None else tiers_from_names(names)
 
 
 class LossyCoder(Protocol):
@@ -64,8 +64,9 @@ class LossyCoder(Protocol):
 
     def begin(
         self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
-    ) -> Callable[[Span], EncodedChunk]:
-        """What codes the frames ``ranges`` of a track, one range at a time and in any order.
+    ) -> Callable[[Span], list[EncodedChunk]]:
+        """What codes the frames ``ranges`` of a track, one range at a time and in any order: a
+        chunk for each quality layer.
 
         May learn from all of them and store what it learnt. Raises `UnsupportedError` or
         `MismatchError` for tensors that cannot be coded.
@@ -81,30 +82,41 @@ class LossyCoder(Protocol):
 
 
 class BookCoder:
-    """Codes with a book at one step."""
+    """Codes with a book at one step, or in quality layers, each at a finer step than the one
+    below it."""
 
-    def __init__(self, codec: BookCodec, log_step: int) -> None:
-        self._codec, self._log_step = codec, log_step
+    def __init__(self, codec: BookCodec, log_steps: Sequence[int]) -> None:
+        from .entropy.refinement import MAX_RATIO
+
+        apart = [a - b for a, b in zip(log_steps, log_steps[1:], strict=False)]
+        if not all(0 < each <= MAX_RATIO for each in apart):
+            raise UsageError("quality layers go from the coarsest tier to the finest")
+        self._codec, self._log_steps = codec, list(log_steps)
         self.token_coder = codec.token_coder
-        expected = codec.book.kl_of_step(log_step)
         self.facts: dict[str, Any] = {
-            "book": codec.id, "log_step": log_step, "rope_pairing": codec.pairing,
-            **({} if expected is None else {"expected_kl": expected}),
+            "book": codec.id, "log_step": log_steps[-1], "rope_pairing": codec.pairing,
         }  # fmt: skip
+        expected = [codec.book.kl_of_step(step) for step in log_steps]
+        if None not in expected:
+            self.facts["expected_kl"] = expected[-1]
+        if len(log_steps) > 1:
+            self.facts["log_steps"] = self._log_steps
+            if None not in expected:
+                self.facts["expected_kls"] = expected
 
     def begin(
         self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
-    ) -> Callable[[Span], EncodedChunk]:
+    ) -> Callable[[Span], list[EncodedChunk]]:
         from .book_codec import steps_of
 
         self._codec.check(track.tensors, "pack")
         n_positions = int(track.cells.pos.max(initial=-1)) + 1
 
-        def encode(span: Span) -> EncodedChunk:
+        def encode(span: Span) -> list[EncodedChunk]:
             pos = track.cells.pos[slice(*span)]
-            steps = steps_of(pos, n_positions, self._log_step)
+            layers = [steps_of(pos, n_positions, step) for step in self._log_steps]
             context = FrameContext(pos, snapshot.tokens)
-            return self._codec.encode(track.read(*span), track.tensors, context, steps)
+            return self._codec.encode(track.read(*span), track.tensors, context, layers)
 
         return encode
 
@@ -112,14 +124,14 @@ class BookCoder:
         self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
         run: FrameRun, archive: Archive,
     ) -> NDArray[np.bool_]:  # fmt: skip
-        (chunk,) = archive.block(run).chunks
-        if chunk.codec != registry.BOOK_TRANSFORM or not self._codec.reads(old.codec()):
+        (chunk,) = archive.block(run).layer(-1)
+        if chunk.codec not in registry.OF_BOOK or not self._codec.reads(old.codec()):
             # Every save has one book.
             return np.zeros(stop - start, bool)
-        where, payload = old.lossy_payload(run.block, chunk)
+        where, payloads = old.lossy_payloads(run.block, chunk)
         context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
         rows = track.read(start, stop)
-        near = self._codec.same(payload, run.first, rows, track.tensors, context, where)
+        near = self._codec.same(payloads, run.first, rows, track.tensors, context, where)
         # A frame is decoded from all tokens up to it.
         same: NDArray[np.bool_] = near & (context.pos < common_prefix(old.tokens, snapshot.tokens))
         return same
@@ -160,7 +172,7 @@ def step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
             steps = steps_of(pos, int(track.cells.pos.max()) + 1, log_step)
             context = FrameContext(pos, snapshot.tokens)
             rows = track.read(start, stop)
-            total += len(codec.encode(rows, track.tensors, context, steps).body)
+            total += len(codec.encode(rows, track.tensors, context, [steps])[0].body)
         return total * n_frames / max(tried, 1) + structure
 
     allowed = snapshot.raw_bytes / ratio
@@ -195,7 +207,7 @@ class SessionCoder:
 
     def begin(
         self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
-    ) -> Callable[[Span], EncodedChunk]:
+    ) -> Callable[[Span], list[EncodedChunk]]:
         from . import session_learning as learning
         from .session_basis import key_turn
         from .session_codec import SessionCodec, check
@@ -226,10 +238,10 @@ class SessionCoder:
             shifts = shifts + shift
         self._store(codec.basis, writer)
 
-        def encode(span: Span) -> EncodedChunk:
+        def encode(span: Span) -> list[EncodedChunk]:
             where = slice(*span)
             rows = track.read(*span)
-            return codec.encode(rows, track.tensors, track.cells.pos[where], shifts[where])
+            return [codec.encode(rows, track.tensors, track.cells.pos[where], shifts[where])]
 
         return encode
 
@@ -252,7 +264,7 @@ class SessionCoder:
         self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
         run: FrameRun, archive: Archive,
     ) -> NDArray[np.bool_]:  # fmt: skip
-        (chunk,) = archive.block(run).chunks
+        (chunk,) = archive.block(run).layer(-1)
         if chunk.codec != registry.SESSION_TRANSFORM:
             return np.zeros(stop - start, bool)
         where, payload = archive.chunk_payload(run.block, chunk)
@@ -307,7 +319,7 @@ class SessionCoder:
         return None
 
 
-def _nothing_to_encode(span: Span) -> EncodedChunk:
+def _nothing_to_encode(span: Span) -> list[EncodedChunk]:
     raise AssertionError("no frames were announced")
 
 

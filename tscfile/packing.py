@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from .lossy_coding import (
 )
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
-from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
+from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tiers_from_names
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
@@ -73,7 +73,7 @@ def pack(
     source: Source,
     path: str | os.PathLike[str],
     *,
-    tier: str | None = None,
+    tier: str | Sequence[str] | None = None,
     book: str | os.PathLike[str] | None = None,
     embed_book: bool = False,
     target_kl: float | None = None,
@@ -86,7 +86,8 @@ def pack(
     """Make the archive ``path`` of one snapshot.
 
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
-    default where a ``book`` is given, else "lossless". Without a book a lossy tier learns from the
+    default where a ``book`` is given, else "lossless". Several, the coarsest first, are stored as
+    quality layers, each as what the one below lacks. Without a book a lossy tier learns from the
     snapshot itself. ``embed_book``: put the book into the archive, which then needs no other file.
     ``target_kl`` (nats), ``target_ratio``: in place of a tier, the step that the book expects to
     have this KL, or the finest that makes the archive so small. ``identity``: what is known of the
@@ -101,7 +102,8 @@ def pack(
     ('keyframe', 400, 400)
     """
     target = Target(target_kl, target_ratio)
-    chosen = target.tier(tier) or tier_from_name(DEFAULT_BOOK_TIER if book else DEFAULT_TIER)
+    default = DEFAULT_BOOK_TIER if book else DEFAULT_TIER
+    chosen = target.tiers(tier) or tiers_from_names(default)
     snapshot, label = _open(source, name)
     identify(snapshot, identity)
     coder = _coder(chosen, book, snapshot, target)
@@ -119,7 +121,7 @@ def append(
     source: Source,
     path: str | os.PathLike[str],
     *,
-    tier: str | None = None,
+    tier: str | Sequence[str] | None = None,
     book: str | os.PathLike[str] | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
@@ -140,9 +142,9 @@ def append(
         parent, n_common = _choose_parent(archive, snapshot.tokens)
         old = archive.record(parent) if parent is not None else None
         identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
-        chosen = tier_from_name(tier or (old.tier if old else DEFAULT_TIER))
+        chosen = tiers_from_names(tier or (old.layers if old else DEFAULT_TIER))
         coder = _coder(chosen, book, snapshot, Target(), archive if old else None, old)
-        planned = _plan(archive, snapshot, parent, n_common, coder)
+        planned = _plan(archive, snapshot, parent, n_common, chosen, coder)
         before = archive.container.whole_end
         try:
             writer = ContainerWriter(fd, archive.container)
@@ -173,16 +175,17 @@ class _Planned:
 
 
 def _coder(
-    tier: Tier,
+    tiers: Sequence[Tier],
     book: str | os.PathLike[str] | None,
     snapshot: Snapshot,
     target: Target,
     archive: Archive | None = None,
     parent: SnapshotRecord | None = None,
 ) -> LossyCoder | None:
-    """What a lossy tier codes with: the book given, that of the ``parent`` in ``archive``, or what
-    the snapshot itself teaches."""
-    if tier.exact:
+    """What the lossy tiers code with: the book given, that of the ``parent`` in ``archive``, or
+    what the snapshot itself teaches; None if there are none."""
+    lossy = [tier for tier in tiers if not tier.exact]
+    if not lossy:
         return None
     if book is not None:
         from .book_codec import BookCodec
@@ -194,12 +197,14 @@ def _coder(
     else:
         if target != Target():
             raise UsageError("a target KL or ratio needs a book: give it with --book")
-        if not tier.tolerance:
-            raise UsageError(f"tier {tier.name} needs a book: give it with --book")
-        return SessionCoder(tier, archive, parent)
-    if tier is not CUSTOM:
-        log_step = codec.book.tier(tier.name).log_step
-    elif target.kl is not None:
+        if len(lossy) > 1:
+            raise UsageError("more than one lossy tier needs a book: give it with --book")
+        if not lossy[0].tolerance:
+            raise UsageError(f"tier {lossy[0].name} needs a book: give it with --book")
+        return SessionCoder(lossy[0], archive, parent)
+    if CUSTOM not in lossy:
+        return BookCoder(codec, [codec.book.tier(tier.name).log_step for tier in lossy])
+    if target.kl is not None:
         log_step = codec.book.step_of_kl(target.kl)
     elif target.ratio is not None:
         log_step = step_of_ratio(codec, snapshot, target.ratio)
@@ -207,7 +212,7 @@ def _coder(
         log_step = parent.coding["log_step"]
     else:
         raise UsageError("tier custom says no step; give a tier, a target KL or a target ratio")
-    return BookCoder(codec, log_step)
+    return BookCoder(codec, [log_step])
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
@@ -237,7 +242,7 @@ def identify(
 
 def _plan(
     archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int,
-    coder: LossyCoder | None,
+    tiers: Sequence[Tier], coder: LossyCoder | None,
 ) -> _Planned:  # fmt: skip
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
@@ -253,7 +258,15 @@ def _plan(
         for track in (ArchivedTrack(archive, part, record) for part in record.tracks)
     }
     n_cells = sum(len(track.cells) for track in old_tracks.values())
-    plans = [_plan_one(archive, old_tracks, track, snapshot, coder) for track in snapshot.tracks]
+    layers = [tier.name for tier in tiers]
+
+    def plan(track: Track) -> temporal.TrackPlan:
+        if len(layers) > 1 and layers != record.layers:
+            # Its frames would not be there in every tier.
+            return temporal.store_all(len(track.cells))
+        return _plan_one(archive, old_tracks, track, snapshot, tiers, coder)
+
+    plans = [plan(track) for track in snapshot.tracks]
     # Where the file has nothing yet, nothing can be in common.
     if n_cells and not n_common and all(plan.n_new == len(plan.block) for plan in plans):
         raise MismatchError(
@@ -278,6 +291,7 @@ def _plan_one(
     old_tracks: dict[tuple[int, int], ArchivedTrack],
     track: Track,
     snapshot: Snapshot,
+    tiers: Sequence[Tier],
     coder: LossyCoder | None,
 ) -> temporal.TrackPlan:
     old = old_tracks.get((track.cache, track.stream))
@@ -290,9 +304,12 @@ def _plan_one(
         return temporal.store_all(len(track.cells))
 
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
-        if is_exact(archive.block(run)):
+        entry = archive.block(run)
+        if len(tiers) > 1 and entry.n_layers != len(tiers):
+            return np.zeros(stop - start, bool)
+        if is_exact(entry):
             return _same_rows(archive, old, track, start, stop, run)
-        if coder is None:
+        if coder is None or tiers[-1].exact:
             # A lossless save takes nothing from a lossy one.
             return np.zeros(stop - start, bool)
         return coder.near(old, snapshot, track, start, stop, run, archive)
@@ -315,7 +332,7 @@ def _same_rows(
         # The usual case, settled without decoding.
         return np.ones(run.count, bool)
     equal = np.ones(run.count, bool)
-    for chunk in block.chunks:
+    for chunk in block.layer(-1):
         for i, rows in enumerate(archive.decode(run.block, chunk, old.tensors), chunk.first_tensor):
             part = rows[run.first : run.first + run.count]
             equal &= (part == new_rows[i]).all(axis=1)
@@ -329,7 +346,7 @@ def _store(
     writer: ContainerWriter,
     snapshot: Snapshot,
     planned: _Planned,
-    tier: Tier,
+    tiers: Sequence[Tier],
     coder: LossyCoder | None,
     name: str,
     archive: Archive | None,
@@ -343,16 +360,19 @@ def _store(
             # An exact snapshot must not need the book that its parent's tokens are coded with.
             before = archive.tokens(planned.parent)
     for track, plan in zip(snapshot.tracks, planned.tracks, strict=True):
-        _store_frames(writer, snapshot, track, plan, tier, coder, progress)
+        _store_frames(writer, snapshot, track, plan, tiers, coder, progress)
+    coding = coder.facts if coder else {}
+    if len(tiers) > 1:
+        coding["layers"] = [tier.name for tier in tiers]
     record = SnapshotRecord(
         number=writer.n_snapshots,
         parent=planned.parent,
         plan=planned.name,
-        tier=tier.name,
+        tier=tiers[-1].name,
         name=name,
         source=snapshot.source,
         identity=snapshot.identity.facts,
-        coding=coder.facts if coder else {},
+        coding=coding,
         ids=tokens.encode(snapshot.tokens, before, coder.token_coder if coder else None),
         tracks=[
             TrackRecord(
@@ -374,33 +394,34 @@ def _store_frames(
     snapshot: Snapshot,
     track: Track,
     plan: temporal.TrackPlan,
-    tier: Tier,
+    tiers: Sequence[Tier],
     coder: LossyCoder | None,
     progress: Progress | None,
 ) -> None:
+    finest = tiers[-1]
     n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
+    if finest.exact:
+        n_frames = min(n_frames, blocks.block_frames(track.tensors))
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
     )
     chunk_ranges = blocks.chunk_ranges(track.tensors)
 
-    def encode_exact(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
-        rows = track.read(*span)
-        chunks = [
-            pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, tier.codec)
+    encode_lossy = coder.begin(writer, snapshot, track, ranges) if coder else None
+
+    def encode(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
+        chunks = encode_lossy(span) if encode_lossy else []
+        if not finest.exact:
+            payloads = [chunk.header.write() + chunk.body for chunk in chunks]
+            return blocks.opaque_id(*payloads), chunks
+        rows, layer = track.read(*span), len(chunks)
+        chunks += [
+            pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, finest.codec, layer)
             for a, b in chunk_ranges
         ]
         return blocks.content_id(rows), chunks
 
-    encode_frames = coder.begin(writer, snapshot, track, ranges) if coder else None
-
-    def encode_lossy(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
-        assert encode_frames is not None
-        chunk = encode_frames(span)
-        return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
-
-    encode = encode_exact if encode_frames is None else encode_lossy
     frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
@@ -426,12 +447,12 @@ def _store_opaque(
 
 
 def _report(
-    number: int, tier: Tier, snapshot: Snapshot, planned: _Planned, size: int, added: int
+    number: int, tiers: Sequence[Tier], snapshot: Snapshot, planned: _Planned, size: int, added: int
 ) -> PackReport:
     n_cells = sum(len(track.cells) for track in snapshot.tracks)
     return PackReport(
         snapshot=number,
-        tier=tier.name,
+        tier=",".join(tier.name for tier in tiers),
         plan=planned.name,
         parent=planned.parent,
         n_tokens=len(snapshot.tokens),

@@ -9,13 +9,18 @@ RAW = 0
 FIELDS_CLASSED_RANS = 1
 BOOK_TRANSFORM = 2
 SESSION_TRANSFORM = 3
+BOOK_REFINEMENT = 4
 
-LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM})
+LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, BOOK_REFINEMENT})
 """Codecs that do not give back the very rows."""
+
+OF_BOOK = frozenset({BOOK_TRANSFORM, BOOK_REFINEMENT})
+"""Codecs that need a book."""
 
 CODEC_NAMES = {
     RAW: "raw",
     FIELDS_CLASSED_RANS: "fields+classed-rans",
     BOOK_TRANSFORM: "book-transform+segments",
     SESSION_TRANSFORM: "session-transform",
+    BOOK_REFINEMENT: "book-refinement",
 }

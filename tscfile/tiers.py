@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import registry
@@ -34,6 +35,27 @@ CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)
 """What a snapshot is packed with that was given a target in place of a tier."""
 
 DEFAULT_TIER, DEFAULT_BOOK_TIER = "lossless", "balanced"
+
+
+def tiers_from_names(names: str | Sequence[str]) -> list[Tier]:
+    """One tier, or the tiers of quality layers from the base to the finest.
+
+    `UsageError` for names that are unknown or cannot be layers of one file in this order.
+
+    >>> [tier.name for tier in tiers_from_names(["archive", "lossless"])]
+    ['archive', 'lossless']
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    found = [tier_from_name(name) for name in names]
+    if not found:
+        raise UsageError("name at least one tier")
+    if len(set(names)) < len(names) or any(tier.exact for tier in found[:-1]):
+        raise UsageError(
+            f"tiers {','.join(names)}: name each once, the coarsest first and lossless last"
+        )
+    if len(found) > 1 and CUSTOM in found:
+        raise UsageError("quality layers are named tiers")
+    return found
 
 
 def tier_from_name(name: str) -> Tier:

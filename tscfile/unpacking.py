@@ -40,6 +40,7 @@ def unpack(
     out: str | os.PathLike[str],
     *,
     snapshot: int | None = None,
+    tier: str | None = None,
     book: str | os.PathLike[str] | None = None,
     options: StateOptions = StateOptions(),  # noqa: B008 - frozen
     force: bool = False,
@@ -47,7 +48,8 @@ def unpack(
 ) -> int:
     """Write snapshot number ``snapshot`` (the last by default) to ``out``; returns its size.
 
-    ``book``: the book of a lossy snapshot, where it is not beside the archive or in ``TSC_BOOKS``.
+    ``tier``: of a snapshot with quality layers the one to write, the finest by default. ``book``:
+    the book of a lossy snapshot, where it is not beside the archive or in ``TSC_BOOKS``.
 
     Without options ``out`` has the identical bytes of the file that was packed. Raises
     `UsageError` if ``out`` exists and ``force`` is not given; `DamagedError` if what is asked for
@@ -62,12 +64,13 @@ def unpack(
     True
     """
     with Archive(path, book=book) as archive:
-        state = choose_snapshot(archive, snapshot)
+        state = choose_snapshot(archive, snapshot, tier)
         return write_snapshot(state, out, options=options, force=force, progress=progress)
 
 
-def choose_snapshot(archive: Archive, number: int | None) -> Snapshot:
-    """Snapshot ``number``; without one the last, unless a torn commit makes that doubtful."""
+def choose_snapshot(archive: Archive, number: int | None, tier: str | None = None) -> Snapshot:
+    """Snapshot ``number`` in ``tier``, see `Archive.snapshot`; without a number the last, unless a
+    torn commit makes that doubtful."""
     if not len(archive):
         raise UsageError(f"{archive.path}: holds no snapshot")
     if number is None and archive.torn_bytes:
@@ -76,7 +79,7 @@ def choose_snapshot(archive: Archive, number: int | None) -> Snapshot:
             f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
             f"the newest whole snapshot is {last}: ask for it with --snapshot {last}"
         )
-    return archive.snapshot(-1 if number is None else number)
+    return archive.snapshot(-1 if number is None else number, tier)
 
 
 def write_snapshot(

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from tscfile.tiers import TIERS
-
 from ..options import (
     archive_argument,
     book_option,
+    chosen_tiers,
     input_file,
     json_option,
     model_identity,
@@ -20,23 +19,22 @@ from ..options import (
     quiet_option,
     say,
     size,
+    tier_options,
 )
 
 
 @click.command("append")
 @archive_argument
 @click.argument("source", type=click.Path(path_type=Path, allow_dash=True))
-@click.option(
-    "--tier", type=click.Choice(list(TIERS)), help="Quality tier; that of the save before, if any."
-)
+@tier_options("Quality tier; that of the save before, if any.")
 @book_option
 @click.option("--no-wait", is_flag=True, help="Fail if another process is appending.")
 @model_option
 @quiet_option
 @json_option
 def command(
-    archive: Path, source: Path, tier: str | None, book: Path | None, no_wait: bool,
-    model: Path | None, quiet: bool, as_json: bool,
+    archive: Path, source: Path, tier: str | None, tiers: str | None, book: Path | None,
+    no_wait: bool, model: Path | None, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Add SOURCE, a later save of the same conversation, to ARCHIVE.
 
@@ -51,8 +49,8 @@ def command(
         identity = identity_for(snapshot, identity)
         with progress("appending", snapshot.raw_bytes, quiet) as advance:
             report = append(
-                snapshot, archive, tier=tier, book=book, identity=identity, wait=not no_wait,
-                progress=advance, name=source.name,
+                snapshot, archive, tier=chosen_tiers(tier, tiers), book=book, identity=identity,
+                wait=not no_wait, progress=advance, name=source.name,
             )  # fmt: skip
     if as_json:
         print_json(report)

@@ -55,6 +55,10 @@ def _lines(info: ArchiveInfo) -> Iterator[str]:
             f"{row.n_frames:>8}{size(row.raw_bytes):>10}{size(row.restore_bytes):>10}"
             f"{row.ratio:>7.2f}x  {row.name}"
         )
+        for layer in row.layers if len(row.layers) > 1 else ():
+            yield " " * 31 + f"{layer.tier:<10}{'':>26}{size(layer.restore_bytes):>10}" + (
+                f"{layer.ratio:>7.2f}x"
+            )
     yield ""
     yield f"  snapshot ratio {info.snapshot_ratio:.3f}x   series ratio {info.series_ratio:.3f}x"
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 
-from tscfile.tiers import TIERS
-
 from ..options import (
     STDIO,
     book_option,
     check_apart,
+    chosen_tiers,
     force_option,
     input_file,
     json_option,
@@ -23,6 +22,7 @@ from ..options import (
     quiet_option,
     say,
     size,
+    tier_options,
 )
 
 
@@ -32,10 +32,7 @@ from ..options import (
     "-o", "--output", type=click.Path(path_type=Path, allow_dash=True),
     help="The archive to make; the source's name with .tsc by default.",
 )  # fmt: skip
-@click.option(
-    "--tier", type=click.Choice(list(TIERS)),
-    help="Quality tier: lossless, or with a book balanced, by default; none needs a book.",
-)  # fmt: skip
+@tier_options("Quality tier: lossless, or with a book balanced, by default; none needs a book.")
 @book_option
 @click.option("--embed-book", is_flag=True, help="Put the book into the archive.")
 @click.option("--target-kl", type=float, metavar="NATS",
@@ -47,7 +44,7 @@ from ..options import (
 @quiet_option
 @json_option
 def command(
-    source: Path, output: Path | None, tier: str | None, book: Path | None,
+    source: Path, output: Path | None, tier: str | None, tiers: str | None, book: Path | None,
     embed_book: bool, target_kl: float | None, target_ratio: float | None, model: Path | None,
     force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -71,7 +68,7 @@ def command(
         identity = identity_for(snapshot, identity)
         with progress("packing", snapshot.raw_bytes, quiet) as advance:
             report = pack(
-                snapshot, target, tier=tier, book=book, embed_book=embed_book,
+                snapshot, target, tier=chosen_tiers(tier, tiers), book=book, embed_book=embed_book,
                 target_kl=target_kl, target_ratio=target_ratio, identity=identity, force=force,
                 progress=advance, name="" if str(source) == STDIO else source.name,
             )  # fmt: skip

@@ -10,6 +10,7 @@ from ..options import (
     archive_argument,
     book_option,
     json_option,
+    layer_option,
     print_json,
     quiet_option,
     say,
@@ -29,6 +30,7 @@ from ..options import (
     help="Tokens to generate.",
 )  # fmt: skip
 @snapshot_option
+@layer_option
 @book_option
 @click.option("--ctx", "n_ctx", type=click.IntRange(min=1), help="Cells of the context.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
@@ -43,7 +45,7 @@ from ..options import (
 @quiet_option
 @json_option
 def command(
-    archive: Path, model: Path, prompt: str, n_predict: int, snapshot: int | None,
+    archive: Path, model: Path, prompt: str, n_predict: int, snapshot: int | None, tier: str | None,
     book: Path | None, n_ctx: int | None, temperature: float, seed: int, no_identity: bool,
     no_probe: bool, verbose: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -57,7 +59,7 @@ def command(
     from tscfile.unpacking import choose_snapshot
 
     with Archive(archive, book=book) as opened:
-        state = choose_snapshot(opened, snapshot)
+        state = choose_snapshot(opened, snapshot, tier)
         result = resume(
             state, model, prompt, n_predict, n_ctx=n_ctx, temperature=temperature, seed=seed,
             identity_check=not no_identity, probe=not no_probe, verbose=verbose,

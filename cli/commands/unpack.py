@@ -15,6 +15,7 @@ from ..options import (
     check_apart,
     force_option,
     input_file,
+    layer_option,
     output_file,
     progress,
     quiet_option,
@@ -35,6 +36,7 @@ _FORMATS = (
     help="The file to write; the archive's name with the format's ending by default.",
 )  # fmt: skip
 @snapshot_option
+@layer_option
 @book_option
 @click.option(
     "--as", "container", type=click.Choice(_FORMATS),
@@ -49,8 +51,8 @@ _FORMATS = (
 @force_option
 @quiet_option
 def command(
-    archive: Path, output: Path | None, snapshot: int | None, book: Path | None,
-    container: str | None,
+    archive: Path, output: Path | None, snapshot: int | None, tier: str | None,
+    book: Path | None, container: str | None,
     llama_version: int | None, v_trans: str | None, kv_type: str | None, head_dim: int | None,
     force: bool, quiet: bool,
 ) -> None:  # fmt: skip
@@ -65,7 +67,7 @@ def command(
         container, llama_version, None if v_trans is None else v_trans == "yes", kv_type, head_dim
     )
     with input_file(archive) as path, Archive(path, book=book) as opened:
-        state = choose_snapshot(opened, snapshot)
+        state = choose_snapshot(opened, snapshot, tier)
         if output is None:
             ending = suffix_of(state, container)
             output = Path(STDIO) if str(archive) == STDIO else archive.with_suffix(ending)

@@ -55,14 +55,14 @@ class StepCodec:
         steps = steps_of(context.pos, len(context.pos), self._log_step)
         stored = [rows(part) for part in (*cache.keys, *cache.values)]
         tensors = _tensors(cache.shape)
-        chunk = self._codec.encode(
-            [part.view(np.uint8) for part in stored], tensors, context, steps
+        [chunk] = self._codec.encode(
+            [part.view(np.uint8) for part in stored], tensors, context, [steps]
         )
         return chunk.header.write() + chunk.body
 
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
         context = FrameContext(shape.positions, shape.tokens)
-        found = self._codec.decode(memoryview(data), _tensors(shape), 0, context, "book")
+        found = self._codec.decode([memoryview(data)], _tensors(shape), 0, context, "book")
         arrays = [
             heads(part.view(np.float16), layer.n_kv_heads)
             for part, layer in zip(found, 2 * shape.layers, strict=True)

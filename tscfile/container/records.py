@@ -243,14 +243,25 @@ class ChunkEntry:
 class BlockEntry:
     """A sealed run of frames: what identifies it and the chunks that hold it.
 
-    ``content_id``: first 16 bytes of the BLAKE3 of all its rows, tensor after tensor;
-    ``logical_id``: of its tokens and all before them (`tscfile.blocks.logical_ids`), or zeros.
+    ``content_id``: first 16 bytes of the BLAKE3 of all its rows, tensor after tensor, or, if no
+    layer gives back the very rows, of its payloads; ``logical_id``: of its tokens and all before
+    them (`tscfile.blocks.logical_ids`), or zeros. ``chunks``: layer after layer.
     """
 
     n_frames: int
     content_id: bytes
     logical_id: bytes
     chunks: tuple[ChunkEntry, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """How many quality layers there are."""
+        return self.chunks[-1].quality_layer + 1 if self.chunks else 0
+
+    def layer(self, number: int) -> tuple[ChunkEntry, ...]:
+        """The chunks of one quality layer; negative numbers count from the last."""
+        wanted = number % max(self.n_layers, 1)
+        return tuple(chunk for chunk in self.chunks if chunk.quality_layer == wanted)
 
     def write(self, writer: ByteWriter) -> None:
         writer.uvarint(self.n_frames).raw(self.content_id).raw(self.logical_id)
@@ -561,6 +572,13 @@ class SnapshotRecord:
     ids: TokenIds
     tracks: list[TrackRecord]
     opaque: list[OpaqueEntry] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[str]:
+        """Tiers of the quality layers, the base first; without layers the one tier there is."""
+        names = self.coding.get("layers")
+        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return list(names) if known and names else [self.tier]
 
     def structure(self, tokens: NDArray[np.int32]) -> bytes:
         """All but number, parent and ids, before it is compressed. ``tokens``: int32 ``[n]``, what

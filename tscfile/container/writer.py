@@ -117,9 +117,14 @@ class ContainerWriter:
         self._add_extra(BASIS, payload)
         return checksum(payload)
 
-    def _add_extra(self, type_: int, payload: bytes) -> None:
-        ref = self._add_record(type_, payload, flags=0)
-        self._extras = (*self._extras, ExtraEntry(type_, 0, ref))
+    def copy_extras(self, container: Container) -> None:
+        """Store what another file holds beside blocks and snapshots, of whatever type."""
+        for extra in (each for segment in container.segments for each in segment.extras):
+            self._add_extra(extra.type, bytes(container.read(extra.ref, extra.type)), extra.flags)
+
+    def _add_extra(self, type_: int, payload: bytes, flags: int = 0) -> None:
+        ref = self._add_record(type_, payload, flags)
+        self._extras = (*self._extras, ExtraEntry(type_, flags, ref))
 
     def add_snapshot(self, payload: bytes) -> int:
         """Store a snapshot record; returns the snapshot's number."""

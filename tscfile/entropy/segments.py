@@ -30,8 +30,16 @@ def encode(
 
     ``classes``: int64 ``[U]``, the class of each (`ladder`).
     """
-    symbols, escaped = ladder.to_symbols(values)
     writer.uvarint(len(values)).pack("h", log_step)
+    write_values(writer, values, classes, frequencies)
+
+
+def write_values(
+    writer: ByteWriter, values: NDArray[np.int32], classes: NDArray[np.int64],
+    frequencies: NDArray[np.uint16],
+) -> None:  # fmt: skip
+    """Append int32 ``[n, U]`` with the classes int64 ``[U]`` of its columns."""
+    symbols, escaped = ladder.to_symbols(values)
     if symbols.size:
         column_classes = classes.astype(np.uint8)
         guess = ops.rans_encode(symbols, column_classes, frequencies, 1)[0].nbytes
@@ -56,10 +64,17 @@ def decode(
         raise DamagedError(f"{reader.where}: a segment without frames; damaged")
     (log_step,) = reader.unpack("h")
     classes = ladder.class_of(log_sigmas, log_step)
-    column_classes = classes[classes >= 0].astype(np.uint8)
-    symbols = np.zeros((n_frames, len(column_classes)), np.uint8)
+    return log_step, read_values(reader, n_frames, classes[classes >= 0], frequencies)
+
+
+def read_values(
+    reader: ByteReader, n_rows: int, classes: NDArray[np.int64], frequencies: NDArray[np.uint16]
+) -> NDArray[np.int32]:
+    """Undo `write_values`: int32 ``[n_rows, len(classes)]``."""
+    column_classes = classes.astype(np.uint8)
+    symbols = np.zeros((n_rows, len(column_classes)), np.uint8)
     if not symbols.size:
-        return log_step, symbols.astype(np.int32)
+        return symbols.astype(np.int32)
     lanes = reader.uvarint(limit=ops.LANES)
     lengths = np.array([reader.uvarint(limit=symbols.size + 2) for _ in range(lanes)], np.uint32)
     raw = reader.take(2 * int(lengths.sum(dtype=np.uint64)))
@@ -69,7 +84,7 @@ def decode(
         raise DamagedError(f"{reader.where}: an entropy-coded lane does not end as it should")
     n_escaped = int((symbols == ladder.ESCAPE).sum())
     escaped = np.fromiter(_escapes(reader, n_escaped), np.int32, n_escaped)
-    return log_step, ladder.from_symbols(symbols, escaped)
+    return ladder.from_symbols(symbols, escaped)
 
 
 def _escapes(reader: ByteReader, count: int) -> Iterator[int]:

@@ -20,17 +20,17 @@ def quantize(
 
     ``scaled``: float32 ``[n, R]``, coefficients in units of the step. ``lengths``: float32
     ``[n_classes, largest + 2]``, bits of a value of each size, the last for all larger ones.
-    ``classes``: int64 ``[R]``. Tries the two nearest sizes and zero for each.
+    ``classes``: int64 ``[R]`` or, for each value its own, ``[n, R]``. Tries the two nearest sizes
+    and zero for each.
     """
     size = np.abs(scaled)
     low = np.floor(size)
     best = np.zeros(scaled.shape, np.float32)
-    table = np.take(lengths, classes, axis=0) * np.float32(LAMBDA)
-    columns = np.arange(scaled.shape[1])
-    cost = size * size + table[columns, 0]
+    table = lengths * np.float32(LAMBDA)
+    cost = size * size + table[classes, 0]
     largest = lengths.shape[1] - 1
     for candidate in (low, low + 1):
-        bits = table[columns, np.minimum(candidate, largest).astype(np.int64)]
+        bits = table[classes, np.minimum(candidate, largest).astype(np.int64)]
         # Zero is compared once, as the starting point.
         found = (size - candidate) ** 2 + bits
         better = (found < cost) & (candidate > 0)

@@ -1,0 +1,153 @@
+"""Make an archive smaller by leaving out its finer quality layers. Nothing is coded again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import blocks, files
+from .archive import Archive
+from .bytestream import ByteReader
+from .container.records import OPAQUE, ChunkHeader, RecordRef, SnapshotRecord
+from .container.writer import ContainerWriter, EncodedChunk
+from .errors import DamagedError, UsageError
+from .tiers import tier_from_name
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class DemoteReport:
+    """Sizes of the archive before and after, and how many snapshots lost a layer."""
+
+    n_snapshots: int
+    n_demoted: int
+    bytes_before: int
+    file_bytes: int
+
+
+def demote(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    tier: str,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> DemoteReport:
+    """Write the archive ``path`` to ``out`` without the quality layers above ``tier``.
+
+    Chunks are copied as they are, and no book is needed. Snapshots of a single lossy tier stay as
+    they are. `UsageError` for a snapshot that has no such layer and is lossless, or whose layers
+    do not have this tier; ``out`` is then as it was. ``progress`` is called with the bytes of
+    each chunk that is copied.
+    """
+    tier_from_name(tier)
+    with Archive(path) as archive:
+        if archive.torn_bytes:
+            raise DamagedError(
+                f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
+                "see tsc verify"
+            )
+        records = [archive.record(number) for number in range(len(archive))]
+        tops = [_top(archive, record, tier) for record in records]
+        kept = _layers_kept(archive, records, tops)
+        with files.new_file(out, force=force) as fd:
+            writer = ContainerWriter(fd)
+            writer.copy_extras(archive.container)
+            for number, n_layers in enumerate(kept):
+                _copy_block(archive, writer, number, n_layers, progress)
+            _copy_snapshots(archive, writer, records, tops)
+            size = writer.commit()
+        n_demoted = sum(top is not None for top in tops)
+        return DemoteReport(len(records), n_demoted, archive.size, size)
+
+
+def _top(archive: Archive, record: SnapshotRecord, tier: str) -> int | None:
+    """The last layer that a snapshot keeps; None if it stays as it is."""
+    if tier in record.layers[:-1]:
+        return record.layers.index(tier)
+    if tier == record.tier or (len(record.layers) == 1 and not tier_from_name(record.tier).exact):
+        return None
+    raise UsageError(
+        f"{archive.path}: snapshot {record.number} has no layer {tier}, only "
+        f"{', '.join(record.layers)}; unpack it and pack it again"
+    )
+
+
+def _layers_kept(
+    archive: Archive, records: list[SnapshotRecord], tops: list[int | None]
+) -> list[int]:
+    """How many layers of each block some snapshot still needs."""
+    entries = archive.container.blocks
+    kept = [0] * len(entries)
+    for record, top in zip(records, tops, strict=True):
+        for run in (run for track in record.tracks for run in track.runs):
+            all_layers = entries[run.block].n_layers
+            wanted = all_layers if top is None else min(top + 1, all_layers)
+            kept[run.block] = max(kept[run.block], wanted)
+    return kept
+
+
+def _copy_block(
+    archive: Archive, writer: ContainerWriter, number: int, n_layers: int,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    entry = archive.container.blocks[number]
+    chunks, payloads = [], []
+    for chunk in entry.chunks:
+        if chunk.quality_layer < n_layers:
+            where, payload = archive.chunk_payload(number, chunk)
+            reader = ByteReader(payload, where)
+            header = ChunkHeader.read(reader)
+            chunks.append(EncodedChunk(header, bytes(reader.take(reader.remaining))))
+            payloads.append(payload)
+            if progress:
+                progress(len(payload))
+    # Only the last layer can be exact, so what is left of a block with fewer is lossy.
+    whole = len(chunks) == len(entry.chunks)
+    content_id = entry.content_id if whole else blocks.opaque_id(*payloads)
+    writer.add_block(entry.n_frames, content_id, entry.logical_id, chunks)
+
+
+def _copy_snapshots(
+    archive: Archive, writer: ContainerWriter, records: list[SnapshotRecord],
+    tops: list[int | None],
+) -> None:  # fmt: skip
+    copied: dict[int, RecordRef] = {}
+    structures: list[bytes] = []
+    for record, top in zip(records, tops, strict=True):
+        opaque = []
+        for entry in record.opaque:
+            if entry.ref.offset not in copied:
+                body = bytes(archive.container.read(entry.ref, OPAQUE))
+                copied[entry.ref.offset] = writer.add_opaque(body)
+            opaque.append(replace(entry, ref=copied[entry.ref.offset]))
+        new = replace(record, opaque=opaque)
+        if top is not None:
+            new.tier = record.layers[top]
+            new.coding = _coding(record, top)
+        # Tokens say something of a cell only where it has columns of its own.
+        has_columns = any(track.cells.ext.shape[1] for track in record.tracks)
+        tokens = archive.tokens(record.number) if has_columns else np.zeros(0, np.int32)
+        before = b"" if new.parent is None else structures[new.parent]
+        structures.append(new.structure(tokens))
+        writer.add_snapshot(new.write(tokens, before))
+
+
+def _coding(record: SnapshotRecord, top: int) -> dict[str, Any]:
+    """What a snapshot says of its coding with layers 0 to ``top`` alone."""
+    coding, layers = dict(record.coding), record.layers[: top + 1]
+    del coding["layers"]
+    for each, all_layers in (("log_step", "log_steps"), ("expected_kl", "expected_kls")):
+        values = coding.pop(all_layers, None)
+        if isinstance(values, list) and len(values) > top:
+            coding[each] = values[top]
+            if top:
+                coding[all_layers] = values[: top + 1]
+    if top:
+        coding["layers"] = layers
+    return coding
