@@ -819,15 +819,18 @@ class File:
         out["pos"], out["seq_counts"] = c.ints(n), c.ints(n)
         out["seq_ids"] = c.ints(int(out["seq_counts"].sum()))
         out["columns"] = c.several(lambda: cell_column(c, out["pos"], snapshot["tokens"]))
-        out["rows"] = [np.empty((n, row_bytes), np.uint8) for _, _, _, row_bytes, _ in tensors]
+        out["absent"] = []  # cells whose frames are not stored; their rows have no meaning
+        out["rows"] = [np.zeros((n, row_bytes), np.uint8) for _, _, _, row_bytes, _ in tensors]
         at = 0
         for number, first, count in runs:
             need(number < len(self.blocks), "block number")
             need(first + count <= self.blocks[number]["frames"], "frame run outside its block")
             pos = out["pos"][at : at + count]
             found = self._frames(number, slice(first, first + count), snapshot, tensors, pos)
-            for rows, part in zip(out["rows"], found, strict=True):
+            for rows, part in zip(out["rows"], found or [], strict=bool(found)):
                 rows[at : at + count] = part
+            if found is None:
+                out["absent"] += range(at, at + count)
             at += count
         return out
 
@@ -838,8 +841,13 @@ class File:
         return name, content
 
     def _frames(self, number, span, snapshot, tensors, pos):
-        """Rows of the frames ``span`` of a block, which sit at the positions ``pos``."""
+        """Rows of the frames ``span`` of a block, which sit at the positions ``pos``; None if the
+        block is absent."""
         chunks = self.blocks[number]["chunks"]
+        if not chunks and self.blocks[number]["content_id"] == bytes(16):
+            need(pos.min() >= 0 and pos.max() < len(snapshot["tokens"]), "tokens of absent frames")
+            need(snapshot["tokens"][: pos.max() + 1].min() >= 0, "tokens of absent frames")
+            return None
         need(not any(chunk["said"][1] for chunk in chunks), "quality layer is not known")
         firsts, counts = ([chunk["said"][i] for chunk in chunks] for i in (2, 3))
         need([*firsts, len(tensors)] == [0, *np.cumsum(counts).tolist()], "tensors of a block")

@@ -656,8 +656,9 @@ def test_registry_metadata_types() -> None:
 
 
 def test_registry_tiers_and_plans() -> None:
-    assert {row[0]: (row[1] == "yes", int(row[2])) for row in _table("Tiers")} == {
-        tier.name: (tier.exact, tier.codec) for tier in (*TIERS.values(), CUSTOM)
+    assert {row[0]: (row[1] == "yes", row[2]) for row in _table("Tiers")} == {
+        tier.name: (tier.exact, "–" if tier.codec is None else str(tier.codec))
+        for tier in (*TIERS.values(), CUSTOM)
     }
     promised = {row[0]: float(row[3]) for row in _table("Tiers") if row[3] != "–"}
     assert promised == {"lossless": 0} | TARGETS

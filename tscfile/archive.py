@@ -36,7 +36,7 @@ from .container.records import (
 from .context import FrameContext
 from .entropy import zstd
 from .errors import DamagedError, UnsupportedError, UsageError
-from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
+from .model import NOT_STORED, CellTable, ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
     from .book_codec import BookCodec
@@ -85,6 +85,7 @@ class ArchivedTrack:
         are not in the track, `DamagedError` if the archive does not hold what it says.
         """
         self._check_range(start, stop)
+        self._check_stored(start, stop)
         chosen = list(range(len(self.tensors)) if tensors is None else tensors)
         out = [np.empty((stop - start, self.tensors[i].row_bytes), np.uint8) for i in chosen]
         self._decode(start, stop, dict(zip(chosen, out, strict=True)))
@@ -93,11 +94,25 @@ class ArchivedTrack:
     def read_into(self, start: int, stop: int, out: Sequence[Rows]) -> None:
         """Like `read` of all tensors, into the arrays ``out``."""
         self._check_range(start, stop)
+        self._check_stored(start, stop)
         self._decode(start, stop, dict(enumerate(out)))
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self.cells):
             raise IndexError(f"frames {start} to {stop} of a track of {len(self.cells)}")
+
+    def _check_stored(self, start: int, stop: int) -> None:
+        at = 0
+        for run in self.runs if self.tensors else ():
+            inside = max(at, start) < min(at + run.count, stop)
+            if inside and is_absent(self._archive.block(run)):
+                raise UsageError(f"{self._archive.path}: {NOT_STORED}")
+            at += run.count
+
+    def absent_positions(self) -> NDArray[np.int32]:
+        """Positions of the frames that are not in the file, int32 ``[n]``."""
+        absent = [is_absent(self._archive.block(run)) for run in self.runs]
+        return self.cells.pos[np.repeat(absent, [run.count for run in self.runs]).astype(bool)]
 
     def _decode(self, start: int, stop: int, out: dict[int, Rows]) -> None:
         """Fill ``out``, arrays by tensor, with frames ``start`` to ``stop``."""
@@ -180,6 +195,8 @@ class ArchivedTrack:
     def check_block(self, number: int) -> None:
         """Decode a whole block of the track; `DamagedError` if it is not what was packed."""
         entry = self._archive.container.blocks[number]
+        if is_absent(entry):
+            return
         if is_exact(entry):
             decoded = (self._archive.decode(number, c, self.tensors) for c in entry.chunks)
             self._archive.check_content(number, [part for rows in decoded for part in rows])
@@ -215,7 +232,12 @@ class ArchivedTrack:
 
 def is_exact(block: BlockEntry) -> bool:
     """Do the chunks of a block give back the very rows that were packed?"""
-    return all(chunk.codec not in registry.LOSSY for chunk in block.chunks)
+    return not is_absent(block) and all(c.codec not in registry.LOSSY for c in block.chunks)
+
+
+def is_absent(block: BlockEntry) -> bool:
+    """Are the frames of a block not in the file, but to be computed again?"""
+    return not block.chunks and block.content_id == blocks.NO_ID
 
 
 class Archive:
@@ -350,13 +372,15 @@ class Archive:
         """Snapshot ``number`` with tracks that decode on demand, and its opaque parts."""
         record = self.record(number)
         allowance = self._container.allowance()
+        tracks = [ArchivedTrack(self, track, record) for track in record.tracks]
         return Snapshot(
             tokens=self.tokens(record.number),
-            tracks=[ArchivedTrack(self, track, record) for track in record.tracks],
+            tracks=tracks,
             source=dict(record.source),
             opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
             exact=not record.coding,
+            n_absent=sum(len(track.absent_positions()) for track in tracks),
         )
 
     def read(
@@ -572,6 +596,8 @@ class Archive:
 
     def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
         """The chunks of a block must be all tensors of the track, once and in order."""
+        if is_absent(block):
+            return
         next_tensor = 0
         for chunk in block.chunks:
             if chunk.quality_layer:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, files, pipeline, temporal, tokens, workers
-from .archive import Archive, ArchivedTrack, is_exact
+from .archive import Archive, ArchivedTrack, is_absent, is_exact
 from .container.records import (
+    MAX_BLOCK_FRAMES,
     FrameRun,
     OpaqueEntry,
     SnapshotRecord,
@@ -38,6 +39,7 @@ from .lossy_coding import (
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
 from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
+from .tokens_tier import TokensCoder, check_recomputable
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
@@ -184,6 +186,8 @@ def _coder(
     the snapshot itself teaches."""
     if tier.exact:
         return None
+    if tier.codec is None:
+        check_recomputable(snapshot)
     if book is not None:
         from .book_codec import BookCodec
         from .books.book import load
@@ -191,12 +195,16 @@ def _coder(
         codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
     elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
+    elif tier.codec is None:
+        return TokensCoder()
     else:
         if target != Target():
             raise UsageError("a target KL or ratio needs a book: give it with --book")
         if not tier.tolerance:
             raise UsageError(f"tier {tier.name} needs a book: give it with --book")
         return SessionCoder(tier, archive, parent)
+    if tier.codec is None:
+        return TokensCoder(codec)
     if tier is not CUSTOM:
         log_step = codec.book.tier(tier.name).log_step
     elif target.kl is not None:
@@ -212,6 +220,7 @@ def _coder(
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
     snapshot = source if isinstance(source, Snapshot) else open_source(source)
+    snapshot.need_frames()
     if name is None:
         name = "" if isinstance(source, Snapshot) else Path(source).name
     # File names are bytes and need not be text.
@@ -290,6 +299,9 @@ def _plan_one(
         return temporal.store_all(len(track.cells))
 
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
+        if is_absent(archive.block(run)) and not isinstance(coder, TokensCoder):
+            # There is nothing to compare with.
+            return np.zeros(stop - start, bool)
         if is_exact(archive.block(run)):
             return _same_rows(archive, old, track, start, stop, run)
         if coder is None:
@@ -378,7 +390,9 @@ def _store_frames(
     coder: LossyCoder | None,
     progress: Progress | None,
 ) -> None:
-    n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
+    n_frames = MAX_BLOCK_FRAMES if tier.codec is None else (
+        blocks.block_frames(track.tensors, lossy=coder is not None)
+    )  # fmt: skip
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
@@ -387,6 +401,7 @@ def _store_frames(
 
     def encode_exact(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
         rows = track.read(*span)
+        assert tier.codec is not None
         chunks = [
             pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, tier.codec)
             for a, b in chunk_ranges
@@ -400,7 +415,12 @@ def _store_frames(
         chunk = encode_frames(span)
         return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
 
+    def store_nothing(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
+        return blocks.NO_ID, []
+
     encode = encode_exact if encode_frames is None else encode_lossy
+    if tier.codec is None:
+        encode = store_nothing
     frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):

@@ -10,7 +10,8 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class Tier:
-    """``exact``: what comes back is bit for bit what went in.
+    """``codec``: what new frames are tried with first; None where no frames are stored, only what
+    they can be computed again from. ``exact``: what comes back is bit for bit what went in.
 
     ``tolerance``: without a book, the mean squared error in units of `tscfile.session_learning`,
     chosen so that the reference model's KL is half of the target on its calibration text: other
@@ -18,7 +19,7 @@ class Tier:
     """
 
     name: str
-    codec: int
+    codec: int | None
     exact: bool
     tolerance: float = 0.0
 
@@ -29,6 +30,7 @@ TIERS = {
     "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.08),
     "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.22),
     "archive": Tier("archive", registry.BOOK_TRANSFORM, exact=False),
+    "tokens": Tier("tokens", None, exact=False),
 }
 CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)
 """What a snapshot is packed with that was given a target in place of a tier."""
