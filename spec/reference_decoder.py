@@ -396,31 +396,57 @@ def book_array(c):
 
 
 def decode_segments(c, n_frames, book):
-    """int64 log_steps [n] and integers [n, R] of a book-coded chunk."""
+    """Segments of a chunk of codec 2: log_step and int64 values [n, R] of each."""
     sigmas = book.arrays["log_sigmas"].astype(np.int64)
-    f = book.arrays["frequencies"].astype(np.uint32)
-    steps, parts, left = [], [], n_frames
+    segments, left = [], n_frames
     while left:
         n, (log_step,) = c.uvarint(), c.fixed("h")
         need(1 <= n <= left, "frames of a segment")
         units = sigmas - log_step + 768
         stored = units >= 0
-        classes = np.minimum(units[stored] // 64, 39)
+        classes = np.tile(np.minimum(units[stored] // 64, 39), n)
         values = np.zeros((n, len(sigmas)), np.int64)
-        if len(classes):
-            lengths = np.array(c.several(c.uvarint), np.int64)
-            data = c.take(2 * int(lengths.sum()))
-            symbols = decode_lanes(data, lengths, f, classes, n * len(classes))
-            found = (symbols + 1) // 2 * np.where(symbols % 2, 1, -1)
-            for i in np.flatnonzero(symbols == 31):
-                u = c.uvarint()
-                need(u < 1 << 32, "an escaped value")
-                found[i] = u >> 1 ^ -(u & 1)
-            values[:, stored] = found.reshape(n, -1)
-        steps.append(np.full(n, log_step))
-        parts.append(values)
+        values[:, stored] = decode_values(c, classes, book).reshape(n, -1)
+        segments.append((log_step, values))
         left -= n
-    return np.concatenate(steps), np.concatenate(parts)
+    return segments
+
+
+def decode_refinement(c, below, book):
+    """The same of a chunk of codec 4, given the segments of the layer below."""
+    sigmas = book.arrays["log_sigmas"].astype(np.int64)
+    segments = []
+    for coarse, q in below:
+        n, (fine,) = c.uvarint(), c.fixed("h")
+        need(n == len(q) and 0 < coarse - fine <= 3072, "frames or step of a refinement")
+        stored, known = sigmas - fine + 768 >= 0, sigmas - coarse + 768 >= 0
+        ratio = int(np.floor(2.0 ** ((coarse - fine) / 256 + 16) + 0.5))
+        centres = np.sign(q) * ((np.abs(q) * ratio + 32768) // 65536)
+        narrow = np.where(q == 0, coarse - 362, coarse - 459)
+        widths = np.where(known, np.minimum(sigmas, narrow), sigmas)
+        classes = np.clip((widths - fine + 768) // 64, 0, 39)[:, stored]
+        values = np.zeros(q.shape, np.int64)
+        found = decode_values(c, classes.reshape(-1), book).reshape(classes.shape)
+        values[:, stored] = centres[:, stored] + found
+        need((np.abs(values) < 1 << 31).all(), "refined integers")
+        segments.append((fine, values))
+    return segments
+
+
+def decode_values(c, classes, book):
+    """Integers with their classes, int64 [n]."""
+    if not len(classes):
+        return np.zeros(0, np.int64)
+    lengths = np.array(c.several(c.uvarint), np.int64)
+    data = c.take(2 * int(lengths.sum()))
+    frequencies = book.arrays["frequencies"].astype(np.uint32)
+    symbols = decode_lanes(data, lengths, frequencies, classes, len(classes))
+    found = (symbols + 1) // 2 * np.where(symbols % 2, 1, -1)
+    for i in np.flatnonzero(symbols == 31):
+        u = c.uvarint()
+        need(u < 1 << 32, "an escaped value")
+        found[i] = u >> 1 ^ -(u & 1)
+    return found
 
 
 def as_rows(values, type_):
@@ -698,10 +724,11 @@ def trace(data, n):
 
 class File:
     """``snapshots``: dicts with tokens, source, tracks, opaque; see `_snapshot` and `_track`.
-    ``books``: bytes of the books inside and of the one given, by id."""
+    ``books``: bytes of the books inside and of the one given, by id. ``tier``: of snapshots with
+    quality layers the one to read, where they have it, else the last."""
 
-    def __init__(self, data, book=None):
-        self.data = data
+    def __init__(self, data, book=None, tier=None):
+        self.data, self.tier = data, tier
         self.books, self._opened = {}, {}
         if book is not None:
             self.books[book[-32:].hex()] = book
@@ -819,15 +846,18 @@ class File:
         out["pos"], out["seq_counts"] = c.ints(n), c.ints(n)
         out["seq_ids"] = c.ints(int(out["seq_counts"].sum()))
         out["columns"] = c.several(lambda: cell_column(c, out["pos"], snapshot["tokens"]))
-        out["rows"] = [np.empty((n, row_bytes), np.uint8) for _, _, _, row_bytes, _ in tensors]
+        out["absent"] = []  # cells whose frames are not stored; their rows have no meaning
+        out["rows"] = [np.zeros((n, row_bytes), np.uint8) for _, _, _, row_bytes, _ in tensors]
         at = 0
         for number, first, count in runs:
             need(number < len(self.blocks), "block number")
             need(first + count <= self.blocks[number]["frames"], "frame run outside its block")
             pos = out["pos"][at : at + count]
             found = self._frames(number, slice(first, first + count), snapshot, tensors, pos)
-            for rows, part in zip(out["rows"], found, strict=True):
+            for rows, part in zip(out["rows"], found or [], strict=bool(found)):
                 rows[at : at + count] = part
+            if found is None:
+                out["absent"] += range(at, at + count)
             at += count
         return out
 
@@ -838,41 +868,53 @@ class File:
         return name, content
 
     def _frames(self, number, span, snapshot, tensors, pos):
-        """Rows of the frames ``span`` of a block, which sit at the positions ``pos``."""
+        """Rows of the frames ``span`` of a block, which sit at the positions ``pos``; None if the
+        block is absent."""
         chunks = self.blocks[number]["chunks"]
-        need(not any(chunk["said"][1] for chunk in chunks), "quality layer is not known")
-        firsts, counts = ([chunk["said"][i] for chunk in chunks] for i in (2, 3))
-        need([*firsts, len(tensors)] == [0, *np.cumsum(counts).tolist()], "tensors of a block")
-        if any(chunk["said"][0] == 2 for chunk in chunks):
-            log_steps, values = self.integers(number, snapshot, tensors)
+        if not chunks and self.blocks[number]["content_id"] == bytes(16):
+            need(pos.min() >= 0 and pos.max() < len(snapshot["tokens"]), "tokens of absent frames")
+            need(snapshot["tokens"][: pos.max() + 1].min() >= 0, "tokens of absent frames")
+            return None
+        layers = layers_of(chunks, len(tensors))
+        names = snapshot["coding"].get("layers", [snapshot["tier"]])
+        wanted = names.index(self.tier) if self.tier in names else len(names) - 1
+        layer = layers[min(wanted, len(layers) - 1)] if chunks else []
+        if layer and layer[0]["said"][0] in (2, 4):
+            log_steps, values = self.integers(number, layer[0]["said"][1], snapshot, tensors)
             pairing = snapshot["coding"]["rope_pairing"]
             need(pairing in ("norm", "neox"), "pairing of the keys")
             return self.book(snapshot).rows(
                 log_steps[span], values[span], tensors, snapshot["tokens"], pos, pairing
             )
-        return [rows[span] for rows in self.block(number, tensors)]
+        return [rows[span] for rows in self.block(number, layer, tensors)]
 
-    def integers(self, number, snapshot, tensors):
-        """int64 log_step [frames] and integers [frames, R] of a book-coded block."""
+    def integers(self, number, layer, snapshot, tensors):
+        """int64 log_step [frames] and integers [frames, R] of a layer of a book-coded block."""
         if number not in self.decoded:
-            need(len(self.blocks[number]["chunks"]) == 1, "one chunk in a book-coded block")
-            self.decoded[number] = self._chunk(
-                self.blocks[number], self.blocks[number]["chunks"][0], tensors, self.book(snapshot)
-            )
+            entry, book, segments = self.blocks[number], self.book(snapshot), None
+            payloads = b""
+            for chunk in entry["chunks"]:
+                payloads += self.payload(chunk["ref"], CHUNK)[0]
+                if chunk["said"][1] <= layer:
+                    segments = self._chunk(entry, chunk, tensors, book, segments)
+            if entry["chunks"][-1]["said"][0] > 1:
+                need(blake3(payloads).digest(length=16) == entry["content_id"], "content id")
+            log_steps = np.concatenate([np.full(len(values), step) for step, values in segments])
+            self.decoded[number] = log_steps, np.concatenate([values for _, values in segments])
         return self.decoded[number]
 
-    def block(self, number, tensors):
-        """Rows of all tensors of a block: uint8 [frames, row bytes] each."""
+    def block(self, number, layer, tensors):
+        """Rows of all tensors of a block, from its exact layer: uint8 [frames, row bytes] each."""
         if number not in self.decoded:
             entry = self.blocks[number]
-            chunks = [self._chunk(entry, chunk, tensors) for chunk in entry["chunks"]]
+            chunks = [self._chunk(entry, chunk, tensors) for chunk in layer]
             rows = [part for chunk in chunks for part in chunk]
             digest = blake3(b"".join(r.tobytes() for r in rows)).digest(length=16)
             need(digest == entry["content_id"], "content id")
             self.decoded[number] = rows
         return self.decoded[number]
 
-    def _chunk(self, entry, chunk, tensors, book=None):
+    def _chunk(self, entry, chunk, tensors, book=None, below=None):
         payload, check = self.payload(chunk["ref"], CHUNK)
         c = Cursor(payload)
         codec, layer, n_frames, first, type_ = c.u8(), c.u8(), c.uvarint(), c.uvarint(), c.uvarint()
@@ -882,16 +924,36 @@ class File:
         meant = tensors[first : first + len(row_bytes)]
         need(n_frames == entry["frames"], "frames of a chunk")
         need([(type_, n) for n in row_bytes] == [t[2:4] for t in meant], "tensors of a chunk")
-        need(codec <= 2, "codec is not known")
+        need(codec in (0, 1, 2, 4), "codec is not known")
         if codec == 2:
-            need(blake3(payload).digest(length=16) == entry["content_id"], "content id")
             rows = decode_segments(c, n_frames, book)
+        elif codec == 4:
+            rows = decode_refinement(c, below, book)
         elif codec == 1:
             rows = decode_fields(c, n_frames, type_, row_bytes)
         else:
             rows = [np.frombuffer(c.take(n_frames * n), np.uint8).reshape(-1, n) for n in row_bytes]
         c.end()
         return rows
+
+
+def layers_of(chunks, n_tensors):
+    """Chunks of each quality layer of a block; tsc.md, section 13."""
+    last = chunks[-1]["said"][1] if chunks else 0
+    layers = [[chunk for chunk in chunks if chunk["said"][1] == n] for n in range(last + 1)]
+    need(sum(layers, []) == chunks, "order of the chunks")
+    below = set()
+    for n, layer in enumerate(layers):
+        firsts, counts = ([chunk["said"][i] for chunk in layer] for i in (2, 3))
+        need([*firsts, n_tensors] == [0, *np.cumsum(counts).tolist()], "tensors of a layer")
+        codecs = {chunk["said"][0] for chunk in layer}
+        if codecs <= {0, 1}:
+            need(n == last, "a layer above the exact one")
+        else:
+            need(len(layer) == 1, "one chunk in a lossy layer")
+            need((codecs == {4}) == (n > 0) and (not n or below <= {2, 4}), "codec of a layer")
+        below = codecs
+    return layers
 
 
 def block_entry(c):

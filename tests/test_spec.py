@@ -25,7 +25,7 @@ from tscfile.bytestream import ByteWriter
 from tscfile.container import reader, records
 from tscfile.context import FrameContext
 from tscfile.dtypes import DTYPES, opaque_dtype
-from tscfile.entropy import classed_rans, ints, ladder, segments, token_ids
+from tscfile.entropy import classed_rans, ints, ladder, refinement, segments, token_ids
 from tscfile.identity import ROPE_PAIRING, identity_from_gguf
 from tscfile.model import CellTable, Snapshot, TensorSpec
 from tscfile.quantizers import uniform
@@ -38,6 +38,7 @@ SAMPLES = ROOT / "samples"
 SMALLEST = SPEC / "vectors" / "valid" / "smallest"
 LOSSY = SPEC / "vectors" / "valid" / "lossy"
 _LOSSY_BOOK = LOSSY.with_suffix(".tscbook")
+LAYERED = SPEC / "vectors" / "valid" / "layered"
 EMBEDDED = SPEC / "vectors" / "valid" / "embedded"
 MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
 BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
@@ -54,21 +55,21 @@ def _load_decoder() -> ModuleType:
 decoder = _load_decoder()
 
 
-def _assert_same(path: Path, book: Path | None = None) -> Any:
+def _assert_same(path: Path, book: Path | None = None, tier: str | None = None) -> Any:
     """Every snapshot of the archive, by the decoder of the specification and by tscfile."""
-    file = decoder.File(path.read_bytes(), book and book.read_bytes())
+    file = decoder.File(path.read_bytes(), book and book.read_bytes(), tier)
     with Archive(path, book=book) as archive:
         assert len(file.snapshots) == len(archive) > 0
         for number, found in enumerate(file.snapshots):
-            record, expected = archive.record(number), archive.snapshot(number)
+            record, expected = archive.record(number), archive.snapshot(number, tier)
             for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
                 assert found[key] == getattr(record, key), key
             assert found["structure"] == archive.structure(number)
             assert found["tokens"].tolist() == expected.tokens.tolist()
             assert found["opaque"] == expected.opaque
             for track, reference in zip(found["tracks"], expected.tracks, strict=True):
-                _assert_same_track(track, reference, exact=not found["coding"])
-                if found["coding"]:
+                _assert_same_track(track, reference, exact=expected.exact)
+                if not expected.exact:
                     _assert_same_integers(file, archive, reference)
                 else:
                     assert {run.block for run in reference.runs}.isdisjoint(_lossy_blocks(file))
@@ -118,13 +119,15 @@ def _values(rows: np.ndarray, type_: str) -> np.ndarray:
 
 
 def _assert_same_integers(file: Any, archive: Archive, reference: Any) -> None:
-    for number in {run.block for run in reference.runs}:
-        (chunk,) = archive.container.blocks[number].chunks
-        where, payload = archive.chunk_payload(number, chunk)
+    for run in reference.runs:
+        number, (chunk,) = run.block, reference.chunks(run)
+        if chunk.codec not in registry.LOSSY:
+            continue
+        where, payloads = reference.lossy_payloads(number, chunk)
         codec = reference.codec()
         log_steps, integers = file.decoded[number]
         stop = 0
-        for segment in codec.read(payload, where):
+        for segment in codec.read(payloads, where):
             assert segment.start == stop
             stop = segment.stop
             whole = np.zeros((stop - segment.start, codec.book.n_coefficients), np.int32)
@@ -419,6 +422,29 @@ def test_vectors_of_book_tiers(path: Path) -> None:
         _assert_near(track["rows"], rows, ["f16"] * 4)
 
 
+def test_layered_vector() -> None:
+    expected = json.loads(LAYERED.with_suffix(".json").read_text(encoding="utf-8"))
+    path, book = LAYERED.with_suffix(".tsc"), LAYERED.with_suffix(".tscbook")
+    for tier, blocks in expected["layers"].items():
+        file = _assert_same(path, book, tier)
+        for number, wanted in zip(sorted(_lossy_blocks(file)), blocks, strict=True):
+            assert [part.tolist() for part in file.decoded[number]] == list(wanted.values())
+    (snapshot,), (wanted,) = _assert_same(path, book).snapshots, expected["snapshots"]
+    assert snapshot["coding"] == wanted["coding"]
+    assert snapshot["coding"]["layers"] == [*expected["layers"], "lossless"]
+    rows = [[row.tobytes().hex() for row in part] for part in snapshot["tracks"][0]["rows"]]
+    assert rows == [tensor["rows"] for tensor in wanted["tracks"][0]["tensors"]]
+
+
+@pytest.mark.parametrize("tier", ["archive", "near", "lossless"])
+def test_decoder_reads_quality_layers(tier: str, tmp_path: Path) -> None:
+    path = tmp_path / "layers.tsc"
+    identity = identity_from_gguf(MODEL, weights=False)
+    layers = ["archive", "balanced", "near", "lossless"]
+    tscfile.pack(SAMPLES / "session.kv", path, book=BOOK, tier=layers, identity=identity)
+    _assert_same(path, BOOK, tier)
+
+
 def test_embedded_vector_has_all_that_the_readme_says() -> None:
     file = decoder.File(EMBEDDED.with_suffix(".tsc").read_bytes())
     payloads = [file.payload(ref, decoder.SNAPSHOT)[0] for ref in _snapshot_refs(file)]
@@ -501,15 +527,50 @@ def test_segments_example() -> None:
     assert bytes.fromhex("".join(shown)) == _lossy_body()
     found = re.findall(r"^\| \d \| (-?\d+) \| ([-\d ]+) \|$", example, re.M)
     book = decoder.Book(_LOSSY_BOOK.read_bytes())
-    log_steps, integers = decoder.decode_segments(decoder.Cursor(_lossy_body()), 6, book)
-    assert [int(step) for step, _ in found] == log_steps.tolist()
-    assert [[int(v) for v in row.split()] for _, row in found] == integers.tolist()
+    decoded = decoder.decode_segments(decoder.Cursor(_lossy_body()), 6, book)
+    steps = [step for step, values in decoded for _ in values]
+    assert [int(step) for step, _ in found] == steps
+    rows = [row for _, values in decoded for row in values.tolist()]
+    assert [[int(v) for v in row.split()] for _, row in found] == rows
     traced = re.findall(r"^\| \d \| (\d+) \| \d+ \| (\d+):? ?\S* ?\S* \| (\d+) \| (\d+) \|",
                         example, re.M)  # fmt: skip
     for k, symbol, f, first in [[int(v) for v in row] for row in traced]:
         row = book.arrays["frequencies"][k].tolist()
         assert (row[symbol], sum(row[:symbol])) == (f, first)
     assert len(traced) == 6
+
+
+def test_refinement_example() -> None:
+    example = _page("codecs/book-refinement.md").replace("\N{MINUS SIGN}", "-")
+    file = decoder.File(
+        LAYERED.with_suffix(".tsc").read_bytes(), LAYERED.with_suffix(".tscbook").read_bytes()
+    )
+    payloads = [file.payload(c["ref"], decoder.CHUNK)[0] for c in file.blocks[0]["chunks"][:2]]
+    cursors = [decoder.Cursor(payload) for payload in payloads]
+    for cursor in cursors:
+        cursor.take(5)
+        cursor.several(cursor.uvarint)
+    body = payloads[1][cursors[1].at :]
+    shown = re.findall(r"^\| `([0-9a-f ]+)` \|", example, re.M)
+    assert bytes.fromhex("".join(shown)) == body
+    book = file.book(file.snapshots[0])
+    below = decoder.decode_segments(cursors[0], 6, book)
+    (step, values), *_ = decoder.decode_refinement(decoder.Cursor(body), below, book)
+    rows = re.findall(r"^\| (\d)((?: \| -?\d+){12}) \|$", example, re.M)
+    assert len(rows) == len(values) == 4
+    sigmas = book.arrays["log_sigmas"].astype(np.int64)
+    for frame, row in rows:
+        numbers = np.reshape([int(n) for n in row.split("|")[1:]], (2, 6))
+        for r, (q, centre, width, k, difference, integer) in zip((0, 2), numbers, strict=True):
+            assert q == below[0][1][int(frame), r]
+            assert integer == values[int(frame), r] == centre + difference
+            found = refinement.expect(
+                np.array([[q]], np.int32), np.array([True]), sigmas[[r]], below[0][0], step
+            )
+            assert [centre, k] == [int(each[0, 0]) for each in found]
+            within = refinement.WITHIN_STEP if q else refinement.WITHIN_ZERO
+            assert width == min(sigmas[r], below[0][0] + within)
+    assert "185364" in example and refinement._ratio(384) == 185364
 
 
 def test_book_transform_example() -> None:
@@ -656,8 +717,9 @@ def test_registry_metadata_types() -> None:
 
 
 def test_registry_tiers_and_plans() -> None:
-    assert {row[0]: (row[1] == "yes", int(row[2])) for row in _table("Tiers")} == {
-        tier.name: (tier.exact, tier.codec) for tier in (*TIERS.values(), CUSTOM)
+    assert {row[0]: (row[1] == "yes", row[2]) for row in _table("Tiers")} == {
+        tier.name: (tier.exact, "–" if tier.codec is None else str(tier.codec))
+        for tier in (*TIERS.values(), CUSTOM)
     }
     promised = {row[0]: float(row[3]) for row in _table("Tiers") if row[3] != "–"}
     assert promised == {"lossless": 0} | TARGETS
@@ -767,7 +829,7 @@ def test_codec_pages_have_the_same_headings() -> None:
         page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
         for page in (SPEC / "codecs").glob("*.md")
     }
-    assert len(headings) == 8
+    assert len(headings) == 9
     assert len({tuple(found) for found in headings.values()}) == 1, headings
 
 

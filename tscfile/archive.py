@@ -36,7 +36,7 @@ from .container.records import (
 from .context import FrameContext
 from .entropy import zstd
 from .errors import DamagedError, UsageError
-from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
+from .model import NOT_STORED, CellTable, ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
     from .book_codec import BookCodec
@@ -89,6 +89,7 @@ class ArchivedTrack:
         are not in the track, `DamagedError` if the archive does not hold what it says.
         """
         self._check_range(start, stop)
+        self._check_stored(start, stop)
         chosen = list(range(len(self.tensors)) if tensors is None else tensors)
         out = [np.empty((stop - start, self.tensors[i].row_bytes), np.uint8) for i in chosen]
         self._decode(start, stop, dict(zip(chosen, out, strict=True)))
@@ -97,11 +98,25 @@ class ArchivedTrack:
     def read_into(self, start: int, stop: int, out: Sequence[Rows]) -> None:
         """Like `read` of all tensors, into the arrays ``out``."""
         self._check_range(start, stop)
+        self._check_stored(start, stop)
         self._decode(start, stop, dict(enumerate(out)))
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self.cells):
             raise IndexError(f"frames {start} to {stop} of a track of {len(self.cells)}")
+
+    def _check_stored(self, start: int, stop: int) -> None:
+        at = 0
+        for run in self.runs if self.tensors else ():
+            inside = max(at, start) < min(at + run.count, stop)
+            if inside and is_absent(self._archive.block(run)):
+                raise UsageError(f"{self._archive.path}: {NOT_STORED}")
+            at += run.count
+
+    def absent_positions(self) -> NDArray[np.int32]:
+        """Positions of the frames that are not in the file, int32 ``[n]``."""
+        absent = [is_absent(self._archive.block(run)) for run in self.runs]
+        return self.cells.pos[np.repeat(absent, [run.count for run in self.runs]).astype(bool)]
 
     def _decode(self, start: int, stop: int, out: dict[int, Rows]) -> None:
         """Fill ``out``, arrays by tensor, with frames ``start`` to ``stop``."""
@@ -192,9 +207,16 @@ class ArchivedTrack:
                 yield run.block, [out[i][first:last] for i in range(len(out))]
             at += run.count
 
+    def is_exact(self) -> bool:
+        """Are all rows the very ones that were packed?"""
+        entries = [(self._archive.block(run), self.chunks(run)) for run in self.runs]
+        return all(not is_absent(entry) and are_exact(chunks) for entry, chunks in entries)
+
     def check_block(self, number: int) -> None:
         """Decode a whole block of the track; `DamagedError` if it is not what was packed."""
         entry = self._archive.container.blocks[number]
+        if is_absent(entry):
+            return
         if is_exact(entry):
             decoded = (self._archive.decode(number, c, self.tensors) for c in entry.layer(-1))
             self._archive.check_content(number, [part for rows in decoded for part in rows])
@@ -231,11 +253,16 @@ class ArchivedTrack:
 
 def is_exact(block: BlockEntry) -> bool:
     """Does the last layer of a block give back the very rows that were packed?"""
-    return are_exact(block.layer(-1))
+    return not is_absent(block) and are_exact(block.layer(-1))
 
 
 def are_exact(chunks: Sequence[ChunkEntry]) -> bool:
     return all(chunk.codec not in registry.LOSSY for chunk in chunks)
+
+
+def is_absent(block: BlockEntry) -> bool:
+    """Are the frames of a block not in the file, but to be computed again?"""
+    return not block.chunks and block.content_id == blocks.NO_ID
 
 
 class Archive:
@@ -382,7 +409,8 @@ class Archive:
             source=dict(record.source),
             opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
-            exact=all(are_exact(track.chunks(run)) for track in tracks for run in track.runs),
+            exact=all(track.is_exact() for track in tracks),
+            n_absent=sum(len(track.absent_positions()) for track in tracks),
         )
 
     def _layer_of(self, record: SnapshotRecord, tier: str) -> int:
@@ -610,6 +638,8 @@ class Archive:
     def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
         """Each quality layer of a block must be all tensors of the track, once and in order, and
         the layers build on each other."""
+        if is_absent(block):
+            return
         by_layer = [block.layer(number) for number in range(block.n_layers)]
         whole = block.chunks == tuple(chunk for chunks in by_layer for chunk in chunks)
         for number, chunks in enumerate(by_layer):

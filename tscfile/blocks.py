@@ -22,6 +22,7 @@ MOST_LOSSY_BYTES = 32 << 20
 """Raw bytes of a chunk of codec 3, which holds all tensors of its frames."""
 
 NO_ID = bytes(ID_BYTES)
+"""The logical id of frames that have none, and the content id of a block that stores nothing."""
 
 
 def block_frames(tensors: Sequence[TensorSpec], lossy: bool = False) -> int:

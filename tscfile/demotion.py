@@ -15,7 +15,8 @@ from .bytestream import ByteReader
 from .container.records import OPAQUE, ChunkHeader, RecordRef, SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
 from .errors import DamagedError, UsageError
-from .tiers import tier_from_name
+from .tiers import TOKENS, tier_from_name
+from .tokens_tier import check_recomputable
 
 Progress = Callable[[int], None]
 
@@ -35,18 +36,19 @@ def demote(
     out: str | os.PathLike[str],
     tier: str,
     *,
+    book: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> DemoteReport:
     """Write the archive ``path`` to ``out`` without the quality layers above ``tier``.
 
-    Chunks are copied as they are, and no book is needed. Snapshots of a single lossy tier stay as
-    they are. `UsageError` for a snapshot that has no such layer and is lossless, or whose layers
-    do not have this tier; ``out`` is then as it was. ``progress`` is called with the bytes of
-    each chunk that is copied.
+    Chunks are copied as they are. Snapshots of a single lossy tier stay as they are. With "tokens"
+    all frames are left out; that alone may need the ``book``, to read the tokens. `UsageError` for
+    a snapshot that has no such layer and is lossless, or whose layers do not have this tier;
+    ``out`` is then as it was. ``progress`` is called with the bytes of each chunk that is copied.
     """
     tier_from_name(tier)
-    with Archive(path) as archive:
+    with Archive(path, book=book) as archive:
         if archive.torn_bytes:
             raise DamagedError(
                 f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
@@ -67,7 +69,10 @@ def demote(
 
 
 def _top(archive: Archive, record: SnapshotRecord, tier: str) -> int | None:
-    """The last layer that a snapshot keeps; None if it stays as it is."""
+    """The last layer that a snapshot keeps, -1 for none; None if it stays as it is."""
+    if tier_from_name(tier).codec is None and tier != record.tier:
+        check_recomputable(archive.snapshot(record.number))
+        return -1
     if tier in record.layers[:-1]:
         return record.layers.index(tier)
     if tier == record.tier or (len(record.layers) == 1 and not tier_from_name(record.tier).exact):
@@ -107,9 +112,10 @@ def _copy_block(
             payloads.append(payload)
             if progress:
                 progress(len(payload))
-    # Only the last layer can be exact, so what is left of a block with fewer is lossy.
-    whole = len(chunks) == len(entry.chunks)
-    content_id = entry.content_id if whole else blocks.opaque_id(*payloads)
+    content_id = entry.content_id
+    if len(chunks) < len(entry.chunks):
+        # Only the last layer can be exact, so what is left of a block with fewer is lossy.
+        content_id = blocks.opaque_id(*payloads) if chunks else blocks.NO_ID
     writer.add_block(entry.n_frames, content_id, entry.logical_id, chunks)
 
 
@@ -128,7 +134,7 @@ def _copy_snapshots(
             opaque.append(replace(entry, ref=copied[entry.ref.offset]))
         new = replace(record, opaque=opaque)
         if top is not None:
-            new.tier = record.layers[top]
+            new.tier = record.layers[top] if top >= 0 else TOKENS
             new.coding = _coding(record, top)
         # Tokens say something of a cell only where it has columns of its own.
         has_columns = any(track.cells.ext.shape[1] for track in record.tracks)
@@ -140,6 +146,8 @@ def _copy_snapshots(
 
 def _coding(record: SnapshotRecord, top: int) -> dict[str, Any]:
     """What a snapshot says of its coding with layers 0 to ``top`` alone."""
+    if top < 0:
+        return {key: value for key, value in record.coding.items() if key == "book"}
     coding, layers = dict(record.coding), record.layers[: top + 1]
     del coding["layers"]
     for each, all_layers in (("log_step", "log_steps"), ("expected_kl", "expected_kls")):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .archive import Archive
+from .archive import Archive, is_absent
 from .container.records import SnapshotRecord, TrackRecord
 from .model import TensorSpec, tensor_runs
 from .registry import CODEC_NAMES
@@ -45,7 +45,8 @@ class SnapshotInfo:
     """One save. ``restore_bytes``: what of the file is needed to restore it, all layers;
     ``ratio``: ``raw_bytes / restore_bytes``, the snapshot ratio. ``coding``: of a lossy tier the
     book it needs (``book``), the step, and the KL measured when the book was made. ``layers``:
-    the base first; one without quality layers."""
+    the base first; one without quality layers. ``n_absent``: frames that are not stored and must be
+    computed again from the tokens."""
 
     number: int
     name: str
@@ -54,6 +55,7 @@ class SnapshotInfo:
     tier: str
     n_tokens: int
     n_frames: int
+    n_absent: int
     raw_bytes: int
     restore_bytes: int
     ratio: float
@@ -121,6 +123,10 @@ def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo
         tier=record.tier,
         n_tokens=len(record.ids),
         n_frames=sum(len(track.cells) for track in record.tracks),
+        n_absent=sum(
+            run.count for track in record.tracks for run in track.runs
+            if is_absent(archive.block(run))
+        ),
         raw_bytes=raw,
         restore_bytes=restore,
         ratio=raw / restore,

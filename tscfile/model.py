@@ -20,9 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DType
+from .errors import UsageError
 
 BLOCK_FRAMES = 256
 """Frames of a sealed block, unless told otherwise."""
+
+NOT_STORED = "frames are not stored (tier tokens); recompute them with --recompute and --model"
+"""What is said to who asks for frames that an archive does not hold."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Snapshot:
     ``format``) and the facts needed to write it again bit for bit (scalars, strings and lists of
     integers). ``opaque``: byte strings of the source that are kept as they are, by name.
     ``exact``: rows are those the engine computed, not an approximation of them.
+    ``n_absent``: frames that an archive does not hold and that must be computed again.
     """
 
     tokens: NDArray[np.int32]
@@ -137,6 +142,7 @@ class Snapshot:
     opaque: dict[str, bytes] = field(default_factory=dict)
     identity: ModelIdentity = field(default_factory=ModelIdentity)
     exact: bool = True
+    n_absent: int = 0
 
     @property
     def raw_bytes(self) -> int:
@@ -145,3 +151,8 @@ class Snapshot:
             len(track.cells) * sum(tensor.row_bytes for tensor in track.tensors)
             for track in self.tracks
         )
+
+    def need_frames(self) -> None:
+        """`UsageError` if there are frames to be computed again first."""
+        if self.n_absent:
+            raise UsageError(f"{self.n_absent} {NOT_STORED}")

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, files, pipeline, temporal, tokens, workers
-from .archive import Archive, ArchivedTrack, is_exact
+from .archive import Archive, ArchivedTrack, is_absent, is_exact
 from .container.records import (
+    MAX_BLOCK_FRAMES,
     FrameRun,
     OpaqueEntry,
     SnapshotRecord,
@@ -38,6 +39,7 @@ from .lossy_coding import (
 from .model import ModelIdentity, Snapshot, Track
 from .sources import open_source
 from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tiers_from_names
+from .tokens_tier import TokensCoder, check_recomputable
 
 _MOST_DENSE = 4 << 20
 """Opaque bytes that may be packed to less than half."""
@@ -187,6 +189,8 @@ def _coder(
     lossy = [tier for tier in tiers if not tier.exact]
     if not lossy:
         return None
+    if lossy[0].codec is None:
+        check_recomputable(snapshot)
     if book is not None:
         from .book_codec import BookCodec
         from .books.book import load
@@ -194,6 +198,8 @@ def _coder(
         codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
     elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
+    elif lossy[0].codec is None:
+        return TokensCoder()
     else:
         if target != Target():
             raise UsageError("a target KL or ratio needs a book: give it with --book")
@@ -202,6 +208,8 @@ def _coder(
         if not lossy[0].tolerance:
             raise UsageError(f"tier {lossy[0].name} needs a book: give it with --book")
         return SessionCoder(lossy[0], archive, parent)
+    if lossy[0].codec is None:
+        return TokensCoder(codec)
     if CUSTOM not in lossy:
         return BookCoder(codec, [codec.book.tier(tier.name).log_step for tier in lossy])
     if target.kl is not None:
@@ -217,6 +225,7 @@ def _coder(
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
     snapshot = source if isinstance(source, Snapshot) else open_source(source)
+    snapshot.need_frames()
     if name is None:
         name = "" if isinstance(source, Snapshot) else Path(source).name
     # File names are bytes and need not be text.
@@ -306,6 +315,9 @@ def _plan_one(
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
         entry = archive.block(run)
         if len(tiers) > 1 and entry.n_layers != len(tiers):
+            return np.zeros(stop - start, bool)
+        if is_absent(entry) and not isinstance(coder, TokensCoder):
+            # There is nothing to compare with.
             return np.zeros(stop - start, bool)
         if is_exact(entry):
             return _same_rows(archive, old, track, start, stop, run)
@@ -402,6 +414,8 @@ def _store_frames(
     n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
     if finest.exact:
         n_frames = min(n_frames, blocks.block_frames(track.tensors))
+    if finest.codec is None:
+        n_frames = MAX_BLOCK_FRAMES
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
@@ -411,6 +425,8 @@ def _store_frames(
     encode_lossy = coder.begin(writer, snapshot, track, ranges) if coder else None
 
     def encode(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
+        if finest.codec is None:
+            return blocks.NO_ID, []
         chunks = encode_lossy(span) if encode_lossy else []
         if not finest.exact:
             payloads = [chunk.header.write() + chunk.body for chunk in chunks]

@@ -11,7 +11,8 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class Tier:
-    """``exact``: what comes back is bit for bit what went in.
+    """``codec``: what new frames are tried with first; None where no frames are stored, only what
+    they can be computed again from. ``exact``: what comes back is bit for bit what went in.
 
     ``tolerance``: without a book, the mean squared error in units of `tscfile.session_learning`,
     chosen so that the reference model's KL is half of the target on its calibration text: other
@@ -19,17 +20,19 @@ class Tier:
     """
 
     name: str
-    codec: int
+    codec: int | None
     exact: bool
     tolerance: float = 0.0
 
 
+TOKENS = "tokens"
 TIERS = {
     "lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True),
     "near": Tier("near", registry.BOOK_TRANSFORM, exact=False, tolerance=0.015),
     "balanced": Tier("balanced", registry.BOOK_TRANSFORM, exact=False, tolerance=0.08),
     "compact": Tier("compact", registry.BOOK_TRANSFORM, exact=False, tolerance=0.22),
     "archive": Tier("archive", registry.BOOK_TRANSFORM, exact=False),
+    TOKENS: Tier(TOKENS, None, exact=False),
 }
 CUSTOM = Tier("custom", registry.BOOK_TRANSFORM, exact=False)
 """What a snapshot is packed with that was given a target in place of a tier."""
@@ -53,8 +56,10 @@ def tiers_from_names(names: str | Sequence[str]) -> list[Tier]:
         raise UsageError(
             f"tiers {','.join(names)}: name each once, the coarsest first and lossless last"
         )
-    if len(found) > 1 and CUSTOM in found:
-        raise UsageError("quality layers are named tiers")
+    if len(found) > 1 and (CUSTOM in found or any(tier.codec is None for tier in found)):
+        raise UsageError(
+            f"tiers {','.join(names)}: layers hold frames at named tiers; tokens are in every file"
+        )
     return found
 
 

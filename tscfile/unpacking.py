@@ -100,6 +100,7 @@ def write_snapshot(
     from .sources.llama_state import state_size, write_state
     from .sources.llama_state.facts import check_facts
 
+    snapshot.need_frames()
     container = options.container
     if container is None and snapshot.source.get("format") == FORMAT:
         container = "safetensors"

@@ -14,22 +14,25 @@ from dataclasses import dataclass, field
 import xxhash
 
 from . import workers
-from .archive import Archive, ArchivedTrack
+from .archive import Archive, ArchivedTrack, is_absent
 from .container.records import RECORD_ALIGNMENT, Header, RecordHeader, Trailer
-from .errors import TscError
+from .errors import DamagedError, TscError, UsageError
+from .model import Snapshot
 
 _PIECE = 1 << 20
 
 
 @dataclass
 class VerifyReport:
-    """``problems`` is empty if the file is whole; one line each."""
+    """``problems`` is empty if the file is whole; one line each. ``n_absent``: frames that are not
+    in the file but computed again from tokens, which are there."""
 
     path: str
     quick: bool
     n_records: int = 0
     n_blocks: int = 0
     n_snapshots: int = 0
+    n_absent: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -53,6 +56,7 @@ def verify(
             )
         report.n_snapshots = len(archive)
         report.n_blocks = len(archive.container.blocks)
+        report.n_absent = sum(b.n_frames for b in archive.container.blocks if is_absent(b))
         tracks = _check_snapshots(archive, report)
         if not quick:
             # A book that is not at hand is no damage of the file: found out before the blocks.
@@ -74,10 +78,24 @@ def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, Archiv
                 track = ArchivedTrack(archive, part, record)
                 tracks |= {run.block: track for run in part.runs}
             if not report.quick:
-                archive.snapshot(number)
+                _check_tokens(archive.snapshot(number), f"{archive.path}: snapshot {number}")
+        except UsageError:
+            # A book that is not at hand: token ids may need it, and it is no damage either.
+            raise
         except TscError as error:
             report.problems.append(str(error))
     return tracks
+
+
+def _check_tokens(snapshot: Snapshot, where: str) -> None:
+    """Frames that are not stored must have all tokens that they are computed from."""
+    for track in snapshot.tracks if snapshot.n_absent else ():
+        assert isinstance(track, ArchivedTrack)
+        pos = track.absent_positions()
+        last = int(pos.max(initial=-1))
+        known = len(snapshot.tokens) > last and (snapshot.tokens[: last + 1] >= 0).all()
+        if (pos < 0).any() or not known:
+            raise DamagedError(f"{where}: lacks tokens of frames that are not stored; damaged")
 
 
 def _check_blocks(

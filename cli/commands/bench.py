@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tscfile.bench import BenchReport
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_LOSSY = [name for name, tier in TIERS.items() if not tier.exact]
+_LOSSY = [name for name, tier in TIERS.items() if not tier.exact and tier.codec is not None]
 
 
 @click.command("bench")

@@ -10,6 +10,7 @@ from tscfile.tiers import TIERS
 
 from ..options import (
     archive_argument,
+    book_option,
     check_apart,
     force_option,
     json_option,
@@ -27,22 +28,24 @@ from ..options import (
               help="The finest tier to keep.")  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
               help="The archive to make.")  # fmt: skip
+@book_option
 @force_option
 @quiet_option
 @json_option
 def command(
-    archive: Path, tier: str, output: Path, force: bool, quiet: bool, as_json: bool
-) -> None:
+    archive: Path, tier: str, output: Path, book: Path | None, force: bool, quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Copy ARCHIVE without its quality layers above a tier.
 
-    What is kept is copied as it is, not coded again, and no book is needed. ARCHIVE stays.
+    What is kept is copied as it is, not coded again. ARCHIVE stays.
     """
     from tscfile.demotion import demote
 
     check_apart(archive, output)
     total = archive.stat().st_size if archive.exists() else 0
     with progress("copying", total, quiet) as advance:
-        report = demote(archive, output, tier, force=force, progress=advance)
+        report = demote(archive, output, tier, book=book, force=force, progress=advance)
     if as_json:
         print_json(report)
     say(

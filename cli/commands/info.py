@@ -45,15 +45,21 @@ def _lines(info: ArchiveInfo) -> Iterator[str]:
         yield f"  coding     {_facts(coding)}"
     if not info.snapshots:
         return
+    absent = [row for row in info.snapshots if row.n_absent]
+    if absent:
+        yield (
+            f"  recompute  {absent[-1].n_absent} frames of snapshot {absent[-1].number} are not "
+            "stored: resume or unpack with --recompute and --model"
+        )
     yield ""
     yield f"  {'#':>3}  {'plan':<16}{'parent':>6}  {'tier':<10}{'tokens':>8}{'frames':>8}" + (
-        f"{'raw':>10}{'restore':>10}{'ratio':>8}  name"
+        f"{'raw':>10}{'restore':>10}{'ratio':>10}  name"
     )
     for row in info.snapshots:
         parent = "-" if row.parent is None else str(row.parent)
         yield f"  {row.number:>3}  {row.plan:<16}{parent:>6}  {row.tier:<10}{row.n_tokens:>8}" + (
             f"{row.n_frames:>8}{size(row.raw_bytes):>10}{size(row.restore_bytes):>10}"
-            f"{row.ratio:>7.2f}x  {row.name}"
+            f"{row.ratio:>9.2f}x  {row.name}"
         )
         for layer in row.layers if len(row.layers) > 1 else ():
             yield " " * 31 + f"{layer.tier:<10}{'':>26}{size(layer.restore_bytes):>10}" + (

@@ -39,6 +39,8 @@ def command(archive: Path, quick: bool, book: Path | None, quiet: bool, as_json:
     for problem in report.problems:
         say(f"tsc: {problem}", quiet=False)
     done = "structure is whole" if quick else "every checksum and block is right"
+    if report.n_absent:
+        done += f"; {report.n_absent} frames are not stored but recomputed"
     if not report.problems:
         say(
             f"{archive}: ok: {report.n_snapshots} snapshots, {report.n_blocks} blocks; {done}",

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def make_smallest(folder: Path) -> None:
 # --- a book -----------------------------------------------------------------------------------
 
 
-def toy_book() -> Book:
+def toy_book(tiers: tuple[TierEntry, ...] = (TierEntry("near", 256, 0.0005, 3.5),)) -> Book:
     """For two layers of one key head of four channels, each layer a group."""
     facts = {
         "architecture": "toy", "book.history": 2, "book.decays": [0.5], "book.decay_dims": 1,
@@ -112,7 +113,7 @@ def toy_book() -> Book:
         "ids_weights": np.full((18, 7, 32), 1792, np.int16),
         "ids_match": np.full(16, 61440, np.uint16),
     }  # fmt: skip
-    return Book(facts, arrays, {"near": TierEntry("near", 256, 0.0005, 3.5)})
+    return Book(facts, arrays, {tier.name: tier for tier in tiers})
 
 
 def floats(values: list[float]) -> NDArray[np.float32]:
@@ -176,10 +177,19 @@ def make_embedded(folder: Path) -> None:
     write_json(path)
 
 
+def make_layered(folder: Path) -> None:
+    book, path = folder / "layered.tscbook", folder / "layered.tsc"
+    tiers = (TierEntry("balanced", 640, 0.005, 7.0), TierEntry("near", 256, 0.0005, 3.5))
+    book.write_bytes(toy_book(tiers).to_bytes())
+    layers = ["balanced", "near", "lossless"]
+    tscfile.pack(made_up(TOKENS), path, tier=layers, book=book, name="layered", force=True)
+    write_json(path, book, layers[:-1])
+
+
 # --- what is in them --------------------------------------------------------------------------
 
 
-def write_json(path: Path, book: Path | None = None) -> None:
+def write_json(path: Path, book: Path | None = None, layers: Sequence[str] = ()) -> None:
     spec = importlib.util.spec_from_file_location("decoder", SPEC / "reference_decoder.py")
     assert spec and spec.loader
     decoder = importlib.util.module_from_spec(spec)
@@ -192,16 +202,23 @@ def write_json(path: Path, book: Path | None = None) -> None:
     }  # fmt: skip
     if file.books:
         (content["book"],) = file.books
-        content["blocks"] = [
-            {"log_steps": found[0].tolist(), "integers": found[1].tolist()}
-            for _, found in sorted(file.decoded.items())
-            if isinstance(found, tuple)
-        ]
+        content["blocks"] = integers_of(file)
+    for tier in layers:
+        found = decoder.File(path.read_bytes(), book and book.read_bytes(), tier)
+        content.setdefault("layers", {})[tier] = integers_of(found)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     # Lists of numbers on one line.
     text = re.sub(r"\[[-\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     text = text.replace("[ ", "[").replace(" ]", "]")
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+def integers_of(file: Any) -> list[dict[str, Any]]:
+    return [
+        {"log_steps": found[0].tolist(), "integers": found[1].tolist()}
+        for _, found in sorted(file.decoded.items())
+        if isinstance(found, tuple)
+    ]
 
 
 def describe(number: int, snapshot: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +254,7 @@ def make_all(folder: Path) -> None:
     make_smallest(folder)
     make_lossy(folder)
     make_embedded(folder)
+    make_layered(folder)
 
 
 if __name__ == "__main__":

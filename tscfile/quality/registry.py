@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from ..tiers import TIERS
+from ..tiers import TIERS as ALL_TIERS
 from .calibration import Calibration
 from .codec import Codec, TierCodec
 
 PEERS = "peers"
 NO_BOOK = "-nobook"
 """Behind the name of a tier: without the book that is given for the others."""
+
+TIERS = {name: tier for name, tier in ALL_TIERS.items() if tier.codec is not None}
+"""Those that keep frames."""
 
 
 def _kvtc(ratio: int, window: int) -> Callable[[Calibration], Codec]:

@@ -140,6 +140,7 @@ def resume(
     """
     if n_predict < 0 or temperature < 0:
         raise UsageError("neither the number of tokens nor the temperature can be negative")
+    snapshot.need_frames()
     snapshot = as_llama_state(snapshot)
     notes: list[str] = []
     extent = _check(snapshot, model_path, identity_check, notes)
@@ -178,6 +179,7 @@ def restore(
 
     ``n_more``: tokens that the context must have room for beside the snapshot's.
     """
+    snapshot.need_frames()
     snapshot = as_llama_state(snapshot)
     notes: list[str] = []
     extent = _check(snapshot, model_path, identity_check, notes)

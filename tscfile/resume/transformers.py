@@ -99,6 +99,7 @@ def prepare(
     import torch
 
     with opened_snapshot(source, snapshot) as opened:
+        opened.need_frames()
         state = as_hf_snapshot(opened, model, model.dtype)
         n_seen = seen(state)
         ids = token_ids(state.tokens if input_ids is None else input_ids)

@@ -376,6 +376,7 @@ def to_cache(
     counterpart in transformers (named), and what reading the archive raises.
     """
     with opened_snapshot(source, snapshot) as state:
+        state.need_frames()
         return build_cache(as_hf_snapshot(state, model, dtype), device, dtype, model)
 
 
