@@ -411,11 +411,11 @@ def _store_frames(
     progress: Progress | None,
 ) -> None:
     finest = tiers[-1]
-    n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
+    n_frames = MAX_BLOCK_FRAMES
+    if coder is not None and finest.codec is not None:
+        n_frames = blocks.block_frames(track.tensors, lossy=True)
     if finest.exact:
         n_frames = min(n_frames, blocks.block_frames(track.tensors))
-    if finest.codec is None:
-        n_frames = MAX_BLOCK_FRAMES
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges

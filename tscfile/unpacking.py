@@ -96,14 +96,12 @@ def write_snapshot(
     which was no file, as safetensors.
     """
     from .sources import SUFFIXES, write_carrier
-    from .sources.hf_layout import FORMAT, as_llama_state
+    from .sources.hf_layout import as_llama_state
     from .sources.llama_state import state_size, write_state
     from .sources.llama_state.facts import check_facts
 
     snapshot.need_frames()
-    container = options.container
-    if container is None and snapshot.source.get("format") == FORMAT:
-        container = "safetensors"
+    container = options.container or default_container(snapshot)
     if container in SUFFIXES:
         if options.llama_version is not None or options.v_trans is not None:
             raise UsageError(f"a {container} file has no llama.cpp version and no layout of values")
@@ -127,11 +125,15 @@ def write_snapshot(
 def suffix_of(snapshot: Snapshot, container: str | None) -> str:
     """What the name of a file ends in that `write_snapshot` makes of ``snapshot``."""
     from .sources import SUFFIXES
+
+    return SUFFIXES.get(container or default_container(snapshot) or "", ".kv")
+
+
+def default_container(snapshot: Snapshot) -> str | None:
+    """What a snapshot that was no file is written as; None for a llama.cpp state."""
     from .sources.hf_layout import FORMAT
 
-    if container is None and snapshot.source.get("format") == FORMAT:
-        container = "safetensors"
-    return SUFFIXES.get(container or "", ".kv")
+    return "safetensors" if snapshot.source.get("format") == FORMAT else None
 
 
 def _retyped(snapshot: Snapshot, options: StateOptions) -> Snapshot:

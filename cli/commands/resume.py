@@ -32,6 +32,11 @@ from ..options import (
 @snapshot_option
 @layer_option
 @book_option
+@click.option(
+    "--recompute", is_flag=True,
+    help="Read the saved tokens again in place of loading their rows: the model's own cache, from "
+    "any tier.",
+)  # fmt: skip
 @click.option("--ctx", "n_ctx", type=click.IntRange(min=1), help="Cells of the context.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -46,8 +51,8 @@ from ..options import (
 @json_option
 def command(
     archive: Path, model: Path, prompt: str, n_predict: int, snapshot: int | None, tier: str | None,
-    book: Path | None, n_ctx: int | None, temperature: float, seed: int, no_identity: bool,
-    no_probe: bool, verbose: bool, quiet: bool, as_json: bool,
+    book: Path | None, recompute: bool, n_ctx: int | None, temperature: float, seed: int,
+    no_identity: bool, no_probe: bool, verbose: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Load a snapshot of ARCHIVE into llama.cpp and continue the conversation.
 
@@ -58,11 +63,17 @@ def command(
     from tscfile.resume.llama_cpp import resume
     from tscfile.unpacking import choose_snapshot
 
+    if recompute and tier is not None:
+        raise click.UsageError("give --tier or --recompute, which needs no frames")
     with Archive(archive, book=book) as opened:
         state = choose_snapshot(opened, snapshot, tier)
+        if state.n_absent and not recompute:
+            say(f"note: {state.n_absent} frames are not stored: recomputing them", quiet)
+            recompute = True
         result = resume(
             state, model, prompt, n_predict, n_ctx=n_ctx, temperature=temperature, seed=seed,
-            identity_check=not no_identity, probe=not no_probe, verbose=verbose,
+            identity_check=not no_identity, probe=not no_probe, recompute=recompute,
+            verbose=verbose,
             on_text=None if as_json else lambda text: click.echo(text, nl=False),
         )  # fmt: skip
     if as_json:
@@ -71,6 +82,14 @@ def command(
         click.echo()
     for note in result.notes:
         say(f"note: {note}", quiet)
+    if recompute:
+        n_more = result.n_computed - result.n_recomputed
+        say(
+            f"recomputed {result.n_recomputed} tokens in {result.compute_seconds:.2f} s, computed "
+            f"{n_more} more (the prompt and the answer)",
+            quiet,
+        )
+        return
     say(
         f"reused {result.n_reused} tokens, computed {result.n_computed} "
         f"(the last saved one, the prompt and the answer); "

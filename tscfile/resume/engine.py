@@ -198,6 +198,7 @@ class Context(_Closing):
         flash_attention: bool,
         n_sequences: int = 1,
         n_threads: int | None = None,
+        n_batch: int = BATCH_TOKENS,
     ) -> None:
         """Allocate a cache of ``n_ctx`` cells; `TscError` if the engine refuses.
 
@@ -209,7 +210,7 @@ class Context(_Closing):
         self.flash_attention = flash_attention
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = n_sequences
         params.kv_unified = True
         # A sliding-window cache of full size takes any number of restored cells.
@@ -317,6 +318,17 @@ class Context(_Closing):
         if written != size:
             raise TscError(f"llama.cpp wrote {written} of {size} state bytes{_reason()}")
         return state
+
+    def state(self) -> NDArray[np.uint8]:
+        """The whole state: a *state buffer*, uint8 ``[n_bytes]``. Unlike that of a sequence it has
+        cells that sliding windows will not look at again."""
+        lib = self.library
+        size = int(lib.llama_state_get_size(self._context))
+        state = np.empty(size, np.uint8)
+        written = lib.llama_state_get_data(self._context, _pointer(state), size)
+        if not 0 < written <= size:
+            raise TscError(f"llama.cpp wrote {written} of {size} state bytes{_reason()}")
+        return state[:written]
 
     def set_sequence_state(self, state: NDArray[np.uint8], sequence: int = 0) -> None:
         """Load a sequence buffer into ``sequence``; `MismatchError`, nothing loaded, if refused."""

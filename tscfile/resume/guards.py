@@ -220,14 +220,26 @@ def _pop_rows(context: Context) -> Rows:
     return [rows for track in snapshot.tracks for rows in _track_rows(track)]
 
 
-def _track_rows(track: Track) -> Iterator[TensorRows]:
-    n_cells = len(track.cells)
-    for tensor, rows in zip(track.tensors, track.read(0, n_cells), strict=True):
+def stored_rows(snapshot: Snapshot, start: int, stop: int) -> Rows:
+    """Rows of a snapshot at positions ``start`` to ``stop``; they must be in the archive."""
+    found: Rows = []
+    for track in snapshot.tracks:
+        wanted = np.flatnonzero((track.cells.pos >= start) & (track.cells.pos < stop))
+        if len(wanted):
+            first, last = int(wanted[0]), int(wanted[-1]) + 1
+            found += _track_rows(track, first, last)
+    return found
+
+
+def _track_rows(track: Track, start: int = 0, stop: int | None = None) -> Iterator[TensorRows]:
+    stop = len(track.cells) if stop is None else stop
+    for tensor, rows in zip(track.tensors, track.read(start, stop), strict=True):
         if tensor.dtype.name in DTYPES:
             label = f"{tensor.role} of layer {tensor.layer}"
             if track.cache:
                 label += f" of cache {track.cache}"
-            yield TensorRows(label, tensor.dtype, track.cells.pos, to_float(rows, tensor.dtype))
+            pos = track.cells.pos[start:stop]
+            yield TensorRows(label, tensor.dtype, pos, to_float(rows, tensor.dtype))
 
 
 def to_float(rows: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:

@@ -8,6 +8,10 @@ from all others and compared with the stored one (`guards`).
 
     result = resume(snapshot, "model.gguf", " And so", 64)
     print(result.text, result.n_reused, result.n_computed)
+
+With ``recompute`` no stored row goes into the engine: it reads all tokens again. The result is what
+the model makes of them on this machine, in this build and with this batch size, which is not bit
+for bit what another one made (``tests/bench/recompute.py`` measures that).
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -44,7 +48,9 @@ class ResumeResult:
     conversation; both are asked of the engine's memory. ``n_probe``: tokens decoded on the side to
     prove that model and state belong together. ``load_seconds``: writing the state into the
     engine, without loading the model. ``probe_error``: largest relative error of a recomputed
-    tensor row, None if none was computed. ``notes``: guards that were skipped, and why.
+    tensor row, None if none was computed. ``n_recomputed``, ``compute_seconds``: the snapshot's
+    tokens that were read again in place of its rows, and how long that took. ``notes``: guards that
+    were skipped, and why.
     """
 
     text: str
@@ -54,6 +60,8 @@ class ResumeResult:
     n_probe: int
     load_seconds: float
     probe_error: float | None
+    n_recomputed: int = 0
+    compute_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
 
@@ -74,6 +82,8 @@ class Restored:
     n_probe: int = 0
     load_seconds: float = 0.0
     probe_error: float | None = None
+    n_recomputed: int = 0
+    compute_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Restored:
@@ -125,6 +135,7 @@ def resume(
     seed: int = 0,
     identity_check: bool = True,
     probe: bool = True,
+    recompute: bool = False,
     on_text: Callable[[str], None] | None = None,
     verbose: bool = False,
 ) -> ResumeResult:
@@ -134,21 +145,21 @@ def resume(
     drawn with ``seed``. The prompt is tokenised as a continuation, without a start token.
     ``n_ctx``: cells of the context, as many as needed by default. ``on_text`` receives the text as
     it grows. ``identity_check`` and ``probe`` switch guards off; ``verbose`` shows llama.cpp's log.
+    ``recompute``: read the snapshot's tokens again in place of loading its rows, which the archive
+    need not have then; those it has are compared.
 
     Raises `MismatchError` if the state is not this model's, `UsageError` if llama-cpp-python or the
     model file is missing or the context too small, `DamagedError` for a damaged model file.
     """
     if n_predict < 0 or temperature < 0:
         raise UsageError("neither the number of tokens nor the temperature can be negative")
-    snapshot.need_frames()
-    snapshot = as_llama_state(snapshot)
     notes: list[str] = []
-    extent = _check(snapshot, model_path, identity_check, notes)
+    snapshot, extent = _check(snapshot, model_path, identity_check, recompute, notes)
     model = Model(model_path, verbose=verbose)
     with _closing_on_error(model):
         prompt_tokens = model.tokenize(prompt) if prompt else []
         n_cells = _context_size(extent, len(prompt_tokens) + n_predict, n_ctx)
-        restored = _restore_into(model, snapshot, extent, n_cells, probe, notes)
+        restored = _restore_into(model, snapshot, extent, n_cells, probe, recompute, notes)
     with restored:
         if prompt_tokens:
             restored.decode(prompt_tokens)
@@ -161,6 +172,8 @@ def resume(
             n_probe=restored.n_probe,
             load_seconds=restored.load_seconds,
             probe_error=restored.probe_error,
+            n_recomputed=restored.n_recomputed,
+            compute_seconds=restored.compute_seconds,
             notes=tuple(notes),
         )
 
@@ -173,36 +186,41 @@ def restore(
     n_ctx: int | None = None,
     identity_check: bool = True,
     probe: bool = True,
+    recompute: bool = False,
     verbose: bool = False,
 ) -> Restored:
-    """Guard, load, and compute the logits after the last token; see `resume`.
+    """Guard, load or recompute, and compute the logits after the last token; see `resume`.
 
     ``n_more``: tokens that the context must have room for beside the snapshot's.
     """
-    snapshot.need_frames()
-    snapshot = as_llama_state(snapshot)
     notes: list[str] = []
-    extent = _check(snapshot, model_path, identity_check, notes)
+    snapshot, extent = _check(snapshot, model_path, identity_check, recompute, notes)
     n_cells = _context_size(extent, n_more, n_ctx)
     model = Model(model_path, verbose=verbose)
     with _closing_on_error(model):
-        return _restore_into(model, snapshot, extent, n_cells, probe, notes)
+        return _restore_into(model, snapshot, extent, n_cells, probe, recompute, notes)
 
 
 def _check(
     snapshot: Snapshot,
     model_path: str | os.PathLike[str],
     identity_check: bool,
+    recompute: bool,
     notes: list[str],
-) -> guards.Extent:
-    """The guards that need no engine."""
+) -> tuple[Snapshot, guards.Extent]:
+    """The guards that need no engine; the snapshot as llama.cpp has it."""
+    if not recompute:
+        snapshot.need_frames()
+    snapshot = replace(as_llama_state(snapshot), n_absent=snapshot.n_absent)
     extent = guards.check_tokens(snapshot)
+    if recompute and not extent.n_tokens:
+        raise UsageError("the state has no token list: there is nothing to recompute it from")
     if identity_check:
         identity = guards.check_identity(snapshot, model_path)
         guards.check_shape(snapshot, identity, model_path)
     else:
         notes.append("model facts and shapes were not compared: switched off")
-    return extent
+    return snapshot, extent
 
 
 def _restore_into(
@@ -211,6 +229,7 @@ def _restore_into(
     extent: guards.Extent,
     n_cells: int,
     probe: bool,
+    recompute: bool,
     notes: list[str],
 ) -> Restored:
     type_k, type_v = _cache_types(snapshot)
@@ -224,6 +243,9 @@ def _restore_into(
     )
     restored = Restored(model, context, extent.first, notes=notes)
     with _closing_on_error(restored):
+        if recompute:
+            _recompute(restored, snapshot, extent, probe)
+            return restored
         _load(restored, snapshot, extent)
         reason = guards.can_probe(context, extent) if probe else "switched off"
         if reason:
@@ -334,6 +356,34 @@ def _replay(restored: Restored, tokens: list[int], extent: guards.Extent, *, pro
         restored.probe_error = max(restored.probe_error or 0.0, error)
     if tokens[last + 1 :]:
         restored.decode(tokens[last + 1 :])
+
+
+# --- recomputing --------------------------------------------------------------------------------
+
+
+def _recompute(
+    restored: Restored, snapshot: Snapshot, extent: guards.Extent, probe: bool
+) -> None:
+    """Read all tokens again; rows that the snapshot has must be near those that come out."""
+    tokens, n_held = snapshot.tokens.tolist(), extent.last + 1
+    started = time.perf_counter()
+    restored.decode(tokens[:n_held])
+    restored.compute_seconds = time.perf_counter() - started
+    restored.n_recomputed = n_held
+    reason = guards.can_probe(restored.context, extent) if probe else "switched off"
+    if snapshot.n_absent:
+        reason = reason or "the archive does not hold them"
+    if reason:
+        restored.notes.append(f"no stored rows were compared with the recomputed ones: {reason}")
+    else:
+        count = min(guards.PROBE_TOKENS, extent.n_cells)
+        for start, stop in ((0, count), (extent.last, extent.last + 1)):
+            computed = guards.take_rows(restored.context, start, stop)
+            stored, what = guards.stored_rows(snapshot, start, stop), "all tokens"
+            error = guards.check_rows(stored, computed, what, exact=extent.exact)
+            restored.probe_error = max(restored.probe_error or 0.0, error)
+    if tokens[n_held:]:
+        restored.decode(tokens[n_held:])
 
 
 # --- continuing ---------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from ..sources.hf_cache import (
     token_ids,
 )
 from ..sources.hf_layout import SLIDING
-from .guards import MAX_ERROR, PROBE_TOKENS, relative_error
+from .guards import MAX_ERROR, MAX_ERROR_LOSSY, PROBE_TOKENS, relative_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,9 @@ class Prepared:
     ``input_ids``: int64 ``[1, n]``, the whole conversation, as ``generate`` wants it. ``new_ids``:
     the part that is not in the cache, as a call of the model wants it; at least one token.
     ``n_reused``: positions that come from the snapshot. ``probe_error``: largest relative error of
-    the rows that were computed again, None if none were. ``notes``: what was converted or skipped.
+    the rows that were computed again, None if none were. ``n_recomputed``: positions of the
+    snapshot that the model has read again in place of taking its rows. ``notes``: what was
+    converted or skipped.
     """
 
     cache: DynamicCache
@@ -63,6 +65,7 @@ class Prepared:
     new_ids: Tensor
     n_reused: int
     probe_error: float | None
+    n_recomputed: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,6 +87,7 @@ def prepare(
     *,
     snapshot: int = -1,
     probe: bool = True,
+    recompute: bool = False,
 ) -> Prepared:
     """A snapshot as a cache of ``model``, and the inputs that go on from it.
 
@@ -91,7 +95,10 @@ def prepare(
     token on, ``[n]`` or ``[1, n]``, by default the tokens of the snapshot; it must begin with the
     cached ones. Where it does not go beyond them, the cache is cut back so that its last token is
     computed again: logits are not part of a cache. Rows are converted to the type that the model
-    computes in. ``probe`` computes the first tokens again and compares their rows.
+    computes in. ``probe`` computes the first tokens again and compares their rows. ``recompute``:
+    the model reads the snapshot's tokens again, so that nothing of a lossy tier is in the cache; an
+    archive of tier ``tokens`` needs it, and then only facts tell the model from another one of the
+    same shape.
 
     Raises `MismatchError` where the cache cannot be that of the model or of these tokens, or where
     a sliding window cannot be cut back; `UsageError` and `UnsupportedError` as `to_cache`.
@@ -99,7 +106,8 @@ def prepare(
     import torch
 
     with opened_snapshot(source, snapshot) as opened:
-        opened.need_frames()
+        if not recompute:
+            opened.need_frames()
         state = as_hf_snapshot(opened, model, model.dtype)
         n_seen = seen(state)
         ids = token_ids(state.tokens if input_ids is None else input_ids)
@@ -107,14 +115,24 @@ def prepare(
         n_keep = min(n_seen, len(ids) - 1)
         if n_keep < 1:
             raise UsageError(f"{len(ids)} tokens are nothing to resume: compute them")
-        notes = _conversions(state, model)
-        cache = build_cache(state, model.device, model.dtype, model, n_keep)
-    error = check(cache, model, ids[:n_keep], ids, probe=probe)
-    if error is None:
+        notes, error = _conversions(state, model), None
+        if not opened.n_absent:
+            cache = build_cache(state, model.device, model.dtype, model, n_keep)
+    reason = "the archive does not hold them"
+    if not opened.n_absent:
+        error = check(
+            cache, model, ids[:n_keep], ids, probe=probe, exact=opened.exact
+        )  # fmt: skip
         reason = "no layer holds the first tokens" if probe else "switched off"
+    if error is None:
         notes.append(f"rows were not computed again for comparison: {reason}")
+    if recompute:
+        start = torch.as_tensor(ids[:n_keep], dtype=torch.int64, device=model.device)[None]
+        with torch.no_grad():
+            cache = model(input_ids=start, use_cache=True, logits_to_keep=1).past_key_values
     whole = torch.as_tensor(ids, dtype=torch.int64, device=model.device)[None]
-    return Prepared(cache, whole, whole[:, n_keep:], n_keep, error, tuple(notes))
+    reused, computed = (0, n_keep) if recompute else (n_keep, 0)
+    return Prepared(cache, whole, whole[:, n_keep:], reused, error, computed, tuple(notes))
 
 
 def check(
@@ -125,12 +143,14 @@ def check(
     attention_mask: Any = None,
     *,
     probe: bool = True,
+    exact: bool = True,
 ) -> float | None:
     """`MismatchError` unless ``model`` can go on from ``cache``; the largest error of the probe.
 
     ``tokens``: ids of exactly the tokens that the cache has seen. ``input_ids``: what is to be
     given to ``generate``: those and at least one more. ``attention_mask``: the one of the prefill
-    or of the call to come. Returns None where no row was computed again.
+    or of the call to come. ``exact``: False for rows from a lossy tier, which are near those that
+    the model computes. Returns None where no row was computed again.
     """
     config = config_of(model)
     ids = token_ids(tokens)
@@ -147,7 +167,8 @@ def check(
                 f"the cache holds all {len(ids)} tokens of the prompt and transformers would "
                 "compute the last one a second time: cut the cache with crop(-1) first"
             )
-    return _probe(layers, model, ids) if probe else None
+    bound = MAX_ERROR if exact else MAX_ERROR_LOSSY
+    return _probe(layers, model, ids, bound) if probe else None
 
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -223,7 +244,7 @@ def _conversions(state: Any, model: Any) -> list[str]:
 
 
 def _probe(
-    layers: Sequence[CacheLayer], model: Any, ids: NDArray[np.int32]
+    layers: Sequence[CacheLayer], model: Any, ids: NDArray[np.int32], bound: float
 ) -> float | None:
     """Compute the first tokens again and compare; the largest relative error of a tensor."""
     import torch
@@ -240,11 +261,11 @@ def _probe(
         again = made.layers[layer.number]
         for role, old, new in (("keys", layer.keys, again.keys),
                                ("values", layer.values, again.values)):  # fmt: skip
-            worst = max(worst, _compare(f"{role} of layer {layer.number}", old, new, n))
+            worst = max(worst, _compare(f"{role} of layer {layer.number}", old, new, n, bound))
     return worst
 
 
-def _compare(label: str, old: Any, new: Any, n: int) -> float:
+def _compare(label: str, old: Any, new: Any, n: int, bound: float) -> float:
     n_common = min(n, int(new.shape[-2]))
     if old.shape[1] != new.shape[1] or old.shape[3] != new.shape[3]:
         raise MismatchError(
@@ -256,10 +277,10 @@ def _compare(label: str, old: Any, new: Any, n: int) -> float:
     stored = old[:, :, first:n].detach().float().cpu().numpy()
     computed = new[:, :, -n_common:].detach().float().cpu().numpy()
     error = relative_error(stored, computed)
-    if not error <= MAX_ERROR:
+    if not error <= bound:
         raise MismatchError(
             f"this model and these tokens did not make this cache: computed again from the first "
-            f"{n} tokens, {label} differ by {100 * error:.3g} %, {100 * MAX_ERROR:.0f} % are "
+            f"{n} tokens, {label} differ by {100 * error:.3g} %, {100 * bound:.0f} % are "
             "allowed; use the model of the save, and no left padding"
         )
     return error
