@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tscfile_cli.main import main
 
 import tscfile
 from tscfile.archive import Archive
@@ -233,6 +234,39 @@ def test_layers_that_make_no_sense_are_refused(
 def test_refinements_need_a_book(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="more than one lossy tier needs a book"):
         tscfile.pack(SESSION, tmp_path / "x.tsc", tier=["compact", "near"])
+
+
+def test_coarser_snapshots_stay_and_finer_ones_are_refused(tmp_path: Path) -> None:
+    path, cut = single(tmp_path, "balanced"), tmp_path / "cut.tsc"
+    assert demote(path, cut, "near").n_demoted == 0
+    assert cut.read_bytes() == path.read_bytes()
+    with pytest.raises(UsageError, match="snapshot 0 has no layer compact, only balanced"):
+        demote(path, tmp_path / "no.tsc", "compact")
+    assert not (tmp_path / "no.tsc").exists()
+
+
+def test_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, cut, back = tmp_path / "s.tsc", tmp_path / "cut.tsc", tmp_path / "back.kv"
+
+    def run(code: int, *arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == code
+        return "".join(capfd.readouterr())
+
+    tiers = ["--tiers", ",".join(LAYERS)]
+    run(2, "pack", SESSION, "-o", path, *tiers, "--tier", "near", "--book", BOOK)
+    run(0, "pack", SESSION, "-o", path, *tiers, "--book", BOOK, "-q")
+    rows = run(0, "info", path).splitlines()
+    assert [row.split()[0] for row in rows if row.endswith("x")][:3] == LAYERS
+    assert "needs" not in run(0, "demote", path, "--to", "balanced", "-o", cut)
+    assert "exists" in run(2, "demote", path, "--to", "balanced", "-o", cut)
+    assert "the source itself" in run(2, "demote", path, "--to", "balanced", "-o", path, "-f")
+    for source in (path, cut):
+        options = ["--tier", "balanced", "--book", BOOK, "-o", back, "-f", "-q"]
+        assert run(0, "unpack", source, *options) == ""
+        assert same(rows_of(cut), [*open_source(back).tracks[0].read(0, 400)])
+    assert "has no tier lossless" in run(2, "unpack", cut, "--tier", "lossless", "--book", BOOK)
+    text = run(0, "resume", path, "--model", MODEL, "--tier", "archive", "--book", BOOK, "-n", 4)
+    assert "reused 399 tokens" in text
 
 
 def test_a_torn_file_is_not_demoted(layered: Path, tmp_path: Path) -> None:

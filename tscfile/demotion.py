@@ -15,7 +15,7 @@ from .bytestream import ByteReader
 from .container.records import OPAQUE, ChunkHeader, RecordRef, SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
 from .errors import DamagedError, UsageError
-from .tiers import TOKENS, tier_from_name
+from .tiers import TIERS, TOKENS, tier_from_name
 from .tokens_tier import check_recomputable
 
 Progress = Callable[[int], None]
@@ -42,10 +42,10 @@ def demote(
 ) -> DemoteReport:
     """Write the archive ``path`` to ``out`` without the quality layers above ``tier``.
 
-    Chunks are copied as they are. Snapshots of a single lossy tier stay as they are. With "tokens"
-    all frames are left out; that alone may need the ``book``, to read the tokens. `UsageError` for
-    a snapshot that has no such layer and is lossless, or whose layers do not have this tier;
-    ``out`` is then as it was. ``progress`` is called with the bytes of each chunk that is copied.
+    Chunks are copied as they are. Snapshots of a coarser tier stay as they are. With "tokens" all
+    frames are left out; that alone may need the ``book``, to read the tokens. `UsageError` for a
+    snapshot of a finer tier without such a layer; ``out`` is then as it was. ``progress`` is called
+    with the bytes of each chunk that is copied.
     """
     tier_from_name(tier)
     with Archive(path, book=book) as archive:
@@ -75,12 +75,17 @@ def _top(archive: Archive, record: SnapshotRecord, tier: str) -> int | None:
         return -1
     if tier in record.layers[:-1]:
         return record.layers.index(tier)
-    if tier == record.tier or (len(record.layers) == 1 and not tier_from_name(record.tier).exact):
+    if tier == record.tier or _is_coarser(record.tier, tier):
         return None
     raise UsageError(
         f"{archive.path}: snapshot {record.number} has no layer {tier}, only "
         f"{', '.join(record.layers)}; unpack it and pack it again"
     )
+
+
+def _is_coarser(tier: str, other: str) -> bool:
+    order = list(TIERS)
+    return tier in order and order.index(tier) > order.index(other)
 
 
 def _layers_kept(

@@ -26,6 +26,7 @@ class Tier:
 
 
 TOKENS = "tokens"
+# The finest first.
 TIERS = {
     "lossless": Tier("lossless", registry.FIELDS_CLASSED_RANS, exact=True),
     "near": Tier("near", registry.BOOK_TRANSFORM, exact=False, tolerance=0.015),
