@@ -918,7 +918,7 @@ class File:
         payload, check = self.payload(chunk["ref"], CHUNK)
         c = Cursor(payload)
         codec, layer, n_frames, first, type_ = c.u8(), c.u8(), c.uvarint(), c.uvarint(), c.uvarint()
-        row_bytes = c.several(c.uvarint)
+        row_bytes = row_lengths(c)
         said = [codec, layer, first, len(row_bytes), n_frames * sum(row_bytes)]
         need(check == chunk["check"] and said == chunk["said"], "chunk and index differ")
         meant = tensors[first : first + len(row_bytes)]
@@ -935,6 +935,16 @@ class File:
             rows = [np.frombuffer(c.take(n_frames * n), np.uint8).reshape(-1, n) for n in row_bytes]
         c.end()
         return rows
+
+
+def row_lengths(c):
+    """Row bytes of each tensor of a chunk."""
+    found = []
+    for _ in range(c.uvarint()):
+        count = c.uvarint()
+        need(len(found) + count <= 65535, "tensors of a chunk")
+        found += count * [c.uvarint()]
+    return found
 
 
 def layers_of(chunks, n_tensors):

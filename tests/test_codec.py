@@ -478,6 +478,7 @@ def test_chunk_headers_that_cannot_be() -> None:
         ChunkHeader(registry.RAW, 0, 65537, 0, 1, (4,)),
         ChunkHeader(registry.RAW, 0, 65536, 0, 1, (1 << 30,)),
         ChunkHeader(registry.RAW, 0, 2, 0, 1 << 20, (4,)),
+        ChunkHeader(registry.RAW, 0, 1, 0, 1, (2,) * 40000 + (4,) * 40000),
         ChunkHeader(registry.FIELDS_CLASSED_RANS, 0, 2, 0, 1, (4,)),
     ):
         with pytest.raises(DamagedError):

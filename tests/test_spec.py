@@ -517,7 +517,7 @@ def _lossy_body() -> bytes:
     file = decoder.File(data, _LOSSY_BOOK.read_bytes())
     cursor = decoder.Cursor(file.payload(file.blocks[0]["chunks"][0]["ref"], decoder.CHUNK)[0])
     cursor.take(5)
-    cursor.several(cursor.uvarint)
+    decoder.row_lengths(cursor)
     return cursor.take(len(cursor.data) - cursor.at)
 
 
@@ -549,7 +549,7 @@ def test_refinement_example() -> None:
     cursors = [decoder.Cursor(payload) for payload in payloads]
     for cursor in cursors:
         cursor.take(5)
-        cursor.several(cursor.uvarint)
+        decoder.row_lengths(cursor)
     body = payloads[1][cursors[1].at :]
     shown = re.findall(r"^\| `([0-9a-f ]+)` \|", example, re.M)
     assert bytes.fromhex("".join(shown)) == body

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +42,7 @@ ALIGNED_FROM = 4096
 
 MAX_BLOCK_FRAMES = 1 << 16
 MAX_CHUNK_BYTES = 1 << 30
+MAX_CHUNK_TENSORS = 0xFFFF
 ID_BYTES = 16
 
 # About what an item takes in memory once it is read; claimed before, see `Allowance`.
@@ -195,9 +197,11 @@ class ChunkHeader:
 
     def write(self) -> bytes:
         writer = ByteWriter().u8(self.codec).u8(self.quality_layer).uvarint(self.n_frames)
-        writer.uvarint(self.first_tensor).uvarint(self.dtype_id).uvarint(len(self.row_bytes))
-        for row_bytes in self.row_bytes:
-            writer.uvarint(row_bytes)
+        writer.uvarint(self.first_tensor).uvarint(self.dtype_id)
+        runs = [(n, len(list(equal))) for n, equal in groupby(self.row_bytes)]
+        writer.uvarint(len(runs))
+        for row_bytes, count in runs:
+            writer.uvarint(count).uvarint(row_bytes)
         return writer.bytes()
 
     @classmethod
@@ -205,7 +209,10 @@ class ChunkHeader:
         codec, quality_layer = reader.u8(), reader.u8()
         n_frames = reader.uvarint(limit=MAX_BLOCK_FRAMES)
         first_tensor, dtype_id = reader.uvarint(), reader.uvarint(limit=0xFFFF)
-        row_bytes = tuple(reader.uvarint(limit=MAX_CHUNK_BYTES) for _ in range(reader.count()))
+        row_bytes: tuple[int, ...] = ()
+        for _ in range(reader.count(item_bytes=2)):
+            count = reader.uvarint(limit=MAX_CHUNK_TENSORS - len(row_bytes))
+            row_bytes += count * (reader.uvarint(limit=MAX_CHUNK_BYTES),)
         header = cls(codec, quality_layer, n_frames, first_tensor, dtype_id, row_bytes)
         if not header.raw_length or header.raw_length > MAX_CHUNK_BYTES:
             raise DamagedError(f"{reader.where}: a chunk of {header.raw_length} raw bytes; damaged")
