@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +23,9 @@ from .container.records import (
 )
 from .container.writer import ContainerWriter, EncodedChunk
 from .entropy import zstd
-from .errors import MismatchError, TscError, UsageError
+from .errors import MismatchError, UsageError
 from .identity import compare
+from .locking import locked
 from .lossy_coding import (
     BookCoder,
     LossyCoder,
@@ -140,7 +138,7 @@ def append(
     ``wait`` is False and another process is appending.
     """
     snapshot, label = _open(source, name)
-    with _locked(path, wait) as fd, Archive(path, book=book) as archive:
+    with locked(path, wait) as fd, Archive(path, book=book) as archive:
         parent, n_common = _choose_parent(archive, snapshot.tokens)
         old = archive.record(parent) if parent is not None else None
         identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
@@ -483,26 +481,3 @@ def _report(
         bytes_added=added,
         file_bytes=size,
     )
-
-
-@contextmanager
-def _locked(path: str | os.PathLike[str], wait: bool) -> Iterator[int]:
-    """The archive opened for writing, held against every other appender.
-
-    The lock is on the file itself: nothing is left beside it, and a killed process lets go of it.
-    """
-    where = os.fspath(path)
-    if not stat.S_ISREG(os.stat(where).st_mode):
-        raise UsageError(f"{where}: is not a regular file; an archive to append to is one")
-    while True:
-        fd = os.open(where, os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # The name may have been given to another file while this one was waited for.
-            if os.path.samestat(os.fstat(fd), os.stat(where)):
-                yield fd
-                return
-        except BlockingIOError:
-            raise TscError(f"{where}: another process is appending; run it again later") from None
-        finally:
-            os.close(fd)
