@@ -41,6 +41,7 @@ from .model import NOT_STORED, CellTable, ModelIdentity, Snapshot, TensorSpec
 if TYPE_CHECKING:
     from .book_codec import BookCodec
     from .books.book import OpenBook
+    from .entropy.token_ids import TokenCoder
     from .session_codec import SessionCodec
 
 Rows = NDArray[np.uint8]
@@ -507,6 +508,10 @@ class Archive:
             self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
         return self._codecs[record.number]
 
+    def token_coder(self, record: SnapshotRecord) -> TokenCoder | None:
+        """What token ids of a snapshot with a book are coded with."""
+        return self._book(record.coding, f"{self.path}: snapshot {record.number}").token_coder
+
     def _book(self, coding: dict[str, Any], where: str) -> OpenBook:
         """The book that a snapshot's coding names."""
         wanted = coding.get("book")
@@ -584,7 +589,7 @@ class Archive:
             if layer is None or chunk.quality_layer <= layer
         )  # fmt: skip
         total += sum(entry.ref.length for entry in record.opaque)
-        total += sum(ref.length for ref in self._bases_of(record))
+        total += sum(ref.length for ref in self.basis_records(record))
         ancestor: int | None = record.number
         while ancestor is not None:
             total += self._container.snapshots[ancestor].length
@@ -602,8 +607,8 @@ class Archive:
             )
         return [int(name, 16) for name in names]
 
-    def _bases_of(self, record: SnapshotRecord) -> set[RecordRef]:
-        """Records of those bases and of all that they extend."""
+    def basis_records(self, record: SnapshotRecord) -> set[RecordRef]:
+        """Records of a snapshot's bases and of all that they extend."""
         where = f"{self.path}: snapshot {record.number}"
         chains = [self._basis_chain(basis, where) for basis in self.bases(record)]
         return {ref for chain in chains for _, ref in chain}

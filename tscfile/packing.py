@@ -171,7 +171,8 @@ class _Planned:
         # Counted now: storing a frame makes it one that the file has.
         self.n_new = sum(plan.n_new for plan in self.tracks)
         self.is_new = [plan.block < 0 for plan in self.tracks]
-        self.name = temporal.name_plan(self.tracks, self.n_parent_cells or 0)
+        n_kept = sum(len(plan.block) for plan in self.tracks) - self.n_new
+        self.name = temporal.name_plan(n_kept, self.n_parent_cells or 0)
 
 
 def _coder(
