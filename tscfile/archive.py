@@ -154,6 +154,8 @@ class ArchivedTrack:
             where, payload = self._archive.chunk_payload(number, each)
             header = ChunkHeader.read(ByteReader(payload, where))
             self._archive.check_header(number, each, header, self.tensors, where)
+            if header.raw_length > blocks.MOST_LOSSY_BYTES:
+                raise DamagedError(f"{where}: {header.raw_length} raw bytes; damaged")
             payloads.append(payload)
         codec = self.session_codec(payloads[0], where) if (
             chunk.codec == registry.SESSION_TRANSFORM

@@ -263,8 +263,7 @@ class _Compactor:
                 parts.append((payloads, run.first, run.count))
             chunks = track.codec().join(parts, track.tensors, where)
         if n_lossy == like.n_layers:
-            payloads = [chunk.header.write() + chunk.body for chunk in chunks]
-            return blocks.opaque_id(*payloads), chunks
+            return blocks.opaque_id(*(c.header.write() + c.body for c in chunks)), chunks
         rows, codec = track.read(start, stop), registry.FIELDS_CLASSED_RANS
         chunks += [
             pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, codec, n_lossy)
@@ -286,7 +285,9 @@ def _pieces(
     runs: Sequence[FrameRun], new: NDArray[np.bool_], joins: Callable[[FrameRun], object | None]
 ) -> Iterator[tuple[int, int, list[FrameRun]]]:
     """Stretches of new cells to be stored together: start, stop and what they are."""
-    at, pending, start, kind = 0, [], 0, None
+    at, start = 0, 0
+    pending: list[FrameRun] = []
+    kind: object | None = None
     for run in runs:
         for first, last in _true_ranges(new[at : at + run.count]):
             part = FrameRun(run.block, run.first + first, last - first)
