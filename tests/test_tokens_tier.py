@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,33 @@ def test_huge_claims_of_absent_frames(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(UsageError, match="not stored"):
             tscfile.unpack(path, tmp_path / "out.kv")
     assert not (tmp_path / "out.kv").exists() and not tscfile.verify(path).problems
+
+
+# --- the vector ---------------------------------------------------------------------------------
+
+
+def test_vector() -> None:
+    """The file that the specification keeps: read by its decoder and by tscfile."""
+    path = ROOT / "spec" / "vectors" / "valid" / "tokens.tsc"
+    expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert path.stat().st_size == expected["file_bytes"] and not tscfile.verify(path).problems
+    file = decoder_file(path)
+    n_rows = []
+    with tscfile.open(path) as archive:
+        for number, wanted in enumerate(expected["snapshots"]):
+            found, snapshot = file.snapshots[number], archive.snapshot(number)
+            assert (found["tier"], found["plan"]) == (wanted["tier"], wanted["plan"])
+            assert snapshot.tokens.tolist() == found["tokens"].tolist() == wanted["tokens"]
+            (track,), (mine,), (kept,) = snapshot.tracks, found["tracks"], wanted["tracks"]
+            rows = [tensor["rows"] for tensor in kept["tensors"]]
+            absent = [cell for cell, row in enumerate(rows[0]) if row is None]
+            assert snapshot.n_absent == len(absent) and mine["absent"] == absent
+            n_rows.append(len(rows[0]) - len(absent))
+            for cell in range(len(rows[0])):
+                if cell not in absent:
+                    parts = [part.tobytes().hex() for part in track.read(cell, cell + 1)]
+                    assert parts == [each[cell] for each in rows]
+    assert [each["tier"] for each in expected["snapshots"]] == [
+        "tokens", "tokens", "lossless", "tokens"
+    ]  # fmt: skip
+    assert n_rows == [0, 0, 16, 12]
