@@ -27,7 +27,7 @@ from tscfile.sources.llama_state import open_state, parse_state
 MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
 BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
 TEXT = (SAMPLES / "texts" / "inaugural-1957.txt").read_text(encoding="utf-8")
-N_PREDICT = 48
+N_PREDICT = 24
 N_TOKENS = 350
 
 
