@@ -16,7 +16,7 @@ from tscfile_cli.main import main
 import tscfile
 from tscfile.archive import Archive, is_absent
 from tscfile.container.records import BlockEntry
-from tscfile.errors import DamagedError, TscError, UnsupportedError, UsageError
+from tscfile.errors import DamagedError, MismatchError, TscError, UnsupportedError, UsageError
 from tscfile.identity import identity_from_gguf
 from tscfile.model import CellTable, ModelIdentity, Snapshot
 from tscfile.sources import open_source
@@ -209,6 +209,18 @@ def test_saves_that_no_prefill_gives_again(
     with pytest.raises(kind, match=said) as caught:
         tscfile.pack(snapshot, tmp_path / "bad.tsc", tier="tokens")
     assert "\n" not in str(caught.value) and not (tmp_path / "bad.tsc").exists()
+
+
+def test_a_model_of_another_shape(tmp_path: Path, identity: ModelIdentity) -> None:
+    for facts, said in (({"n_layers": 1}, "2 layers"), ({"head_dim_k": 64}, "a row of k"),
+                        ({"vocab_size": 20}, "outside the model's")):
+        snapshot = make_snapshot(6, identity={"n_kv_heads": 1, **MADE["identity"], **facts})
+        with pytest.raises(MismatchError, match=said):
+            tscfile.pack(snapshot, tmp_path / "bad.tsc", tier="tokens")
+    with pytest.raises(MismatchError, match="the state has|the model's"):
+        small = make_snapshot(6, n_layers=8)
+        tscfile.pack(small, tmp_path / "bad.tsc", tier="tokens", identity=identity)
+    assert not (tmp_path / "bad.tsc").exists()
 
 
 def test_refusals_on_the_command_line(
