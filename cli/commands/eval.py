@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def _write_plot(report: object, path: Path, force: bool) -> None:
         _write(path, drawn.read_bytes(), force)
 
 
-def _print(found: list[object]) -> None:
+def _print(found: Sequence[object]) -> None:
     from rich.console import Console
 
     # A table that is redirected is not cut to the width of a terminal.
