@@ -88,7 +88,8 @@ def pack(
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
     default where a ``book`` is given, else "lossless". Several, the coarsest first, are stored as
     quality layers, each as what the one below lacks. Without a book a lossy tier learns from the
-    snapshot itself. ``embed_book``: put the book into the archive, which then needs no other file.
+    snapshot itself; "tokens" stores no frames and needs the fingerprint of the weights.
+    ``embed_book``: put the book into the archive, which then needs no other file.
     ``target_kl`` (nats), ``target_ratio``: in place of a tier, the step that the book expects to
     have this KL, or the finest that makes the archive so small. ``identity``: what is known of the
     model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
@@ -131,8 +132,9 @@ def append(
     """Add a later save of the same conversation to the archive ``path``.
 
     Only frames that are not in the file yet are stored; a lossless save takes nothing from lossy
-    blocks. ``tier`` is that of the parent by default, ``book`` where a lossy tier's book is. The
-    new commit goes behind what is there; if anything is raised the file is cut back to it.
+    blocks, and only one of tier "tokens" goes without frames that the file does not have. ``tier``
+    is that of the parent by default, ``book`` where a lossy tier's book is. The new commit goes
+    behind what is there; if anything is raised the file is cut back to it.
 
     Raises `MismatchError` for a save of another conversation or another model, `TscError` if
     ``wait`` is False and another process is appending.

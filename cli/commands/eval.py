@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +45,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
               help="Places of the text to measure at.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the places.")
 @click.option("--book", type=_FILE, help="What the tiers have learnt about the model.")
+@click.option(
+    "--report", "kind", type=click.Choice(["quality", "names"]), default="quality",
+    show_default=True,
+    help="What to measure: KL and recall, or whether names from early in the context are known.",
+)  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
 @click.option(
     "--json", "json_path", metavar="OUT", help="Write all numbers as JSON; '-' to stdout.",
@@ -56,17 +61,19 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @quiet_option
 def command(
     model: Path, text: Path, calibration: Path | None, codecs: str | None, frames: tuple[int, ...],
-    windows: int, seed: int, book: Path | None, device: str, json_path: Path | None,
+    windows: int, seed: int, book: Path | None, kind: str, device: str, json_path: Path | None,
     plot_path: Path | None, force: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure what lossy caches cost a model.
 
     The model reads held-out text; its cache goes through every codec, and the model continues from
     the original and from the restored cache. Reports KL, top-1 agreement and perplexity of the
-    next 256 tokens and of a recalled passage, beside size and speed.
+    next 256 tokens and of a recalled passage, beside size and speed. With --report names the model
+    is asked for names that stood in the first 100 tokens.
     """
     from tscfile.quality.calibration import Calibration, check_disjoint
     from tscfile.quality.engine import Engine
+    from tscfile.quality.names import evaluate_names
     from tscfile.quality.protocol import Plan, evaluate
     from tscfile.quality.registry import make_codecs, runnable
     from tscfile.quality.report import tables, to_json
@@ -74,6 +81,8 @@ def command(
 
     for path in (json_path, plot_path):
         _check_free(path, force)
+    if plot_path is not None and kind == "names":
+        raise click.UsageError("--report names has no plot")
     if plot_path is not None:
         if plot_path.suffix not in (".png", ".svg", ".pdf"):
             raise click.UsageError(f"{plot_path}: a plot is a .png, .svg or .pdf file")
@@ -88,6 +97,16 @@ def command(
     names = codecs.split(",") if codecs else runnable(learning is not None, book is not None)
     chosen = make_codecs(names, calibration=learning, book=book)
     plan = Plan(frames=frames, n_windows=windows, seed=seed)
+    if kind == "names":
+        with _steps(plan.n_steps(len(chosen)), quiet) as progress:
+            asked = evaluate_names(engine, held_out, chosen, plan, progress=progress)
+        if json_path is not None and str(json_path) != STDIO:
+            _write(json_path, to_json(asked).encode(), force)
+        if str(json_path) == STDIO:
+            click.echo(to_json(asked), nl=False)
+        else:
+            _print(asked.tables())
+        return
     with _steps(plan.n_steps(len(chosen)), quiet) as progress:
         report = evaluate(engine, held_out, chosen, plan, calibration=learning, progress=progress)
     if json_path is not None and str(json_path) != STDIO:
@@ -137,7 +156,7 @@ def _write_plot(report: object, path: Path, force: bool) -> None:
         _write(path, drawn.read_bytes(), force)
 
 
-def _print(found: list[object]) -> None:
+def _print(found: Sequence[object]) -> None:
     from rich.console import Console
 
     # A table that is redirected is not cut to the width of a terminal.

@@ -96,8 +96,12 @@ class TierCodec:
             return path.read_bytes()
 
     def series_bytes(self, saves: Sequence[KVArrays]) -> int:
-        """Size of one archive of growing saves of a conversation: the first packed, the others
-        appended."""
+        """Size of what `encode_series` makes."""
+        return len(self.encode_series(saves))
+
+    def encode_series(self, saves: Sequence[KVArrays]) -> bytes:
+        """One archive of growing saves of a conversation: the first packed, the others appended.
+        `decode` gives the last of them."""
         from ..packing import append, pack
 
         with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
@@ -105,7 +109,7 @@ class TierCodec:
             pack(snapshot_from_arrays(saves[0]), path, **self._options)
             for save in saves[1:]:
                 append(snapshot_from_arrays(save), path, **self._options)
-            return path.stat().st_size
+            return path.read_bytes()
 
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
         from ..archive import Archive

@@ -67,6 +67,11 @@ class Engine:
         ids = self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, np.int32)
 
+    def pieces(self, tokens: NDArray[np.int32]) -> list[str]:
+        """The text of each token, a space before those that begin a word in a line."""
+        marked = self._tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return [piece.replace("Ġ", " ").replace("▁", " ") for piece in marked]
+
     def prefill(self, tokens: NDArray[np.int32]) -> KVArrays:
         """The cache of ``tokens`` (int32 ``[n]``), computed in fp32 and rounded to fp16.
 
