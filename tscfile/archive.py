@@ -41,6 +41,7 @@ from .model import CellTable, ModelIdentity, Snapshot, TensorSpec
 if TYPE_CHECKING:
     from .book_codec import BookCodec
     from .books.book import OpenBook
+    from .product_codec import ProductCodec
     from .session_codec import SessionCodec
 
 Rows = NDArray[np.uint8]
@@ -120,6 +121,9 @@ class ArchivedTrack:
             return [part[run.first : run.first + run.count] for part in rows]
         where, payload = self.lossy_payload(run.block, chunk)
         context = self.context(cell, cell + run.count)
+        if chunk.codec == registry.PRODUCT:
+            product = self.product_codec(payload, where)
+            return product.decode(payload, self.tensors, run.first, context, where)
         if chunk.codec == registry.SESSION_TRANSFORM:
             codec = self.session_codec(payload, where)
             return codec.decode(payload, self.tensors, run.first, context.pos, where)
@@ -130,6 +134,9 @@ class ArchivedTrack:
         where, payload = self._archive.chunk_payload(number, chunk)
         header = ChunkHeader.read(ByteReader(payload, where))
         self._archive.check_header(number, chunk, header, self.tensors, where)
+        if chunk.codec == registry.PRODUCT:
+            self.product_codec(payload, where).check(self.tensors, where)
+            return where, payload
         codec = self.codec() if chunk.codec == registry.BOOK_TRANSFORM else (
             self.session_codec(payload, where)
         )  # fmt: skip
@@ -145,6 +152,15 @@ class ArchivedTrack:
             raise DamagedError(f"{where}: is coded with a basis that its snapshot lacks; damaged")
         return self._archive.session_codec(basis, where)
 
+    def product_codec(self, payload: memoryview, where: str) -> ProductCodec:
+        """What a chunk of codec 6 is decoded with."""
+        from .product_codec import OF_BOOK, codebook_of
+
+        codebook = codebook_of(payload, where)
+        if codebook == OF_BOOK:
+            return self._archive.book_product(self._owner)
+        raise DamagedError(f"{where}: its codebooks are not in the file; damaged")
+
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""
         return self._archive.book_codec(self._owner)
@@ -152,7 +168,10 @@ class ArchivedTrack:
     def find_book(self) -> None:
         """Find the book that the track's blocks need, if they do; raises as `codec` does."""
         chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
-        if any(chunk.codec == registry.BOOK_TRANSFORM for chunk in chunks):
+        needing = {registry.BOOK_TRANSFORM}
+        if "book" in self._owner.coding:
+            needing.add(registry.PRODUCT)
+        if any(chunk.codec in needing for chunk in chunks):
             self.codec()
 
     @property
@@ -188,7 +207,9 @@ class ArchivedTrack:
             where, payload = self.lossy_payload(number, chunk)
             if blocks.opaque_id(payload) != entry.content_id:
                 raise DamagedError(f"{where}: is not what was packed; damaged")
-            if chunk.codec == registry.SESSION_TRANSFORM:
+            if chunk.codec == registry.PRODUCT:
+                self.product_codec(payload, where).read(payload, where)
+            elif chunk.codec == registry.SESSION_TRANSFORM:
                 self.session_codec(payload, where).integers(payload, where)
             else:
                 self.codec().read(payload, where)
@@ -233,6 +254,7 @@ class Archive:
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
+        self._products: dict[int, ProductCodec] = {}
         self._bases: dict[int, RecordRef] | None = None
         self._session_codecs: dict[int, SessionCodec] = {}
         self._lock = threading.RLock()
@@ -443,6 +465,17 @@ class Archive:
                 facts["rope_pairing"] = record.coding["rope_pairing"]
             self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
         return self._codecs[record.number]
+
+    def book_product(self, record: SnapshotRecord) -> ProductCodec:
+        """The codec of the codebooks in a snapshot's book; raises as `book_codec` does, and
+        `UsageError` if the book has none."""
+        from .product_codec import BookDomain, ProductCodec
+
+        with self._lock:
+            if record.number not in self._products:
+                codec = self.book_codec(record)
+                self._products[record.number] = ProductCodec(BookDomain(codec, self.path))
+            return self._products[record.number]
 
     def _book(self, coding: dict[str, Any], where: str) -> OpenBook:
         """The book that a snapshot's coding names."""

@@ -124,7 +124,7 @@ class BookCodec:
 
         ``steps``: int32 ``[n]``, see `steps_of`.
         """
-        residual = self._residual(rows, tensors, context)
+        residual = self.residual(rows, tensors, context)
         writer = ByteWriter()
         for start, stop in _runs(steps):
             step = int(steps[start])
@@ -179,7 +179,7 @@ class BookCodec:
         context: FrameContext, where: str,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Which frames ``rows`` lie within `MAX_DELTA` steps of what is stored, bool ``[n]``."""
-        residual = self._residual(rows, tensors, context)
+        residual = self.residual(rows, tensors, context)
         near = np.zeros(len(residual), bool)
         for place, segment, values in _within(self.read(payload, where), first, len(near)):
             new = self.book.analyse(residual[place], segment.counts)
@@ -187,7 +187,7 @@ class BookCodec:
             near[place] = (apart <= MAX_DELTA * segment.step).all(axis=1)
         return near
 
-    def _residual(
+    def residual(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext
     ) -> Floats:
         """What the tokens do not say of the frames, float32 ``[n, C]``."""

@@ -20,6 +20,7 @@ from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
 from .model import Snapshot, Track
+from .product_coding import ProductOptions
 from .tiers import CUSTOM, Tier, tier_from_name
 
 if TYPE_CHECKING:
@@ -38,16 +39,18 @@ _STRUCTURE_BYTES, _BLOCK_BYTES = 900, 120
 
 @dataclass(frozen=True)
 class Target:
-    """A quality or a size asked for in place of a tier's name; at most one of them."""
+    """A quality, a size or a quantizer asked for in place of a tier's name; at most one."""
 
     kl: float | None = None
     ratio: float | None = None
+    product: ProductOptions | None = None
 
     def tier(self, name: str | None) -> Tier | None:
         """The tier called ``name``, or `CUSTOM` for a target; None if nothing was asked for."""
-        asked = [each for each in (name, self.kl, self.ratio) if each is not None]
+        choices = (name, self.kl, self.ratio, self.product)
+        asked = [each for each in choices if each is not None]
         if len(asked) > 1:
-            raise UsageError("give one of a tier, a target KL and a target ratio")
+            raise UsageError("give one of a tier, a target KL, a target ratio and a quantizer")
         if not asked:
             return None
         if not all(0 < each < math.inf for each in (self.kl or 1, self.ratio or 1)):

@@ -36,6 +36,7 @@ from .lossy_coding import (
     step_of_ratio,
 )
 from .model import ModelIdentity, Snapshot, Track
+from .product_coding import BookProductCoder, ProductOptions
 from .sources import open_source
 from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
 
@@ -53,6 +54,8 @@ class PackReport:
     ``n_frames_changed`` counts new frames of tokens that the parent has too: the source computed
     them again with other rows. ``bytes_added`` and ``file_bytes`` are
     sizes in the archive, ``raw_bytes`` the rows of the snapshot at their source types.
+    ``n_frames_exact``, ``exact_bytes``: new frames that product quantization kept as they are, and
+    their bytes; None where it was given no threshold.
     """
 
     snapshot: int
@@ -67,6 +70,8 @@ class PackReport:
     raw_bytes: int
     bytes_added: int
     file_bytes: int
+    n_frames_exact: int | None = None
+    exact_bytes: int | None = None
 
 
 def pack(
@@ -78,6 +83,7 @@ def pack(
     embed_book: bool = False,
     target_kl: float | None = None,
     target_ratio: float | None = None,
+    product: ProductOptions | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
     force: bool = False,
@@ -89,7 +95,8 @@ def pack(
     default where a ``book`` is given, else "lossless". Without a book a lossy tier learns from the
     snapshot itself. ``embed_book``: put the book into the archive, which then needs no other file.
     ``target_kl`` (nats), ``target_ratio``: in place of a tier, the step that the book expects to
-    have this KL, or the finest that makes the archive so small. ``identity``: what is known of the
+    have this KL, or the finest that makes the archive so small. ``product``: in place of a tier,
+    product quantization. ``identity``: what is known of the
     model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
@@ -100,7 +107,7 @@ def pack(
     >>> report.plan, report.n_tokens, report.n_frames_new
     ('keyframe', 400, 400)
     """
-    target = Target(target_kl, target_ratio)
+    target = Target(target_kl, target_ratio, product)
     chosen = target.tier(tier) or tier_from_name(DEFAULT_BOOK_TIER if book else DEFAULT_TIER)
     snapshot, label = _open(source, name)
     identify(snapshot, identity)
@@ -112,7 +119,7 @@ def pack(
             writer.add_book(Path(book).read_bytes())
         number = _store(writer, snapshot, planned, chosen, coder, label, None, progress)
         size = writer.commit()
-    return _report(number, chosen, snapshot, planned, size, size)
+    return _report(number, chosen, snapshot, planned, size, size, coder)
 
 
 def append(
@@ -153,7 +160,7 @@ def append(
             if isinstance(error, OSError):
                 files.name_file(error, path)
             raise
-    return _report(number, chosen, snapshot, planned, size, size - before)
+    return _report(number, chosen, snapshot, planned, size, size - before, coder)
 
 
 @dataclass
@@ -197,6 +204,11 @@ def _coder(
         if not tier.tolerance:
             raise UsageError(f"tier {tier.name} needs a book: give it with --book")
         return SessionCoder(tier, archive, parent)
+    product = target.product
+    if product is None and tier is CUSTOM and parent is not None:
+        product = ProductOptions.of(parent.coding)
+    if product is not None:
+        return BookProductCoder(codec, product, f"book {codec.id[:16]}")
     if tier is not CUSTOM:
         log_step = codec.book.tier(tier.name).log_step
     elif target.kl is not None:
@@ -426,8 +438,10 @@ def _store_opaque(
 
 
 def _report(
-    number: int, tier: Tier, snapshot: Snapshot, planned: _Planned, size: int, added: int
-) -> PackReport:
+    number: int, tier: Tier, snapshot: Snapshot, planned: _Planned, size: int, added: int,
+    coder: LossyCoder | None,
+) -> PackReport:  # fmt: skip
+    facts = coder.facts if coder else {}
     n_cells = sum(len(track.cells) for track in snapshot.tracks)
     return PackReport(
         snapshot=number,
@@ -445,6 +459,8 @@ def _report(
         raw_bytes=snapshot.raw_bytes,
         bytes_added=added,
         file_bytes=size,
+        n_frames_exact=facts.get("fallback_frames"),
+        exact_bytes=facts.get("fallback_bytes"),
     )
 
 

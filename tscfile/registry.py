@@ -9,8 +9,9 @@ RAW = 0
 FIELDS_CLASSED_RANS = 1
 BOOK_TRANSFORM = 2
 SESSION_TRANSFORM = 3
+PRODUCT = 6
 
-LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM})
+LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, PRODUCT})
 """Codecs that do not give back the very rows."""
 
 CODEC_NAMES = {
@@ -18,4 +19,5 @@ CODEC_NAMES = {
     FIELDS_CLASSED_RANS: "fields+classed-rans",
     BOOK_TRANSFORM: "book-transform+segments",
     SESSION_TRANSFORM: "session-transform",
+    PRODUCT: "product",
 }
