@@ -19,6 +19,7 @@ from .container.records import (
     BASIS,
     BOOK,
     CHUNK,
+    CODEBOOKS,
     OPAQUE,
     SNAPSHOT,
     BlockEntry,
@@ -159,7 +160,9 @@ class ArchivedTrack:
         codebook = codebook_of(payload, where)
         if codebook == OF_BOOK:
             return self._archive.book_product(self._owner)
-        raise DamagedError(f"{where}: its codebooks are not in the file; damaged")
+        if codebook not in self._archive.codebooks(self._owner):
+            raise DamagedError(f"{where}: is coded with codebooks that its snapshot lacks; damaged")
+        return self._archive.session_product(codebook, where)
 
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""
@@ -255,6 +258,7 @@ class Archive:
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
         self._products: dict[int, ProductCodec] = {}
+        self._session_products: dict[int, ProductCodec] = {}
         self._bases: dict[int, RecordRef] | None = None
         self._session_codecs: dict[int, SessionCodec] = {}
         self._lock = threading.RLock()
@@ -477,6 +481,22 @@ class Archive:
                 self._products[record.number] = ProductCodec(BookDomain(codec, self.path))
             return self._products[record.number]
 
+    def session_product(self, codebooks: int, where: str) -> ProductCodec:
+        """The codec of codebooks that the file holds; `DamagedError` if it does not."""
+        from .product_codec import ProductCodec
+        from .product_session import SessionCodes
+
+        with self._lock:
+            if codebooks not in self._session_products:
+                ref = self._container.by_checksum(CODEBOOKS).get(codebooks)
+                if ref is None:
+                    raise DamagedError(f"{where}: its codebooks are not in the file; damaged")
+                payload = self._container.read(ref, CODEBOOKS, codebooks)
+                place = f"{self.path}: codebooks at offset {ref.offset}"
+                found = ProductCodec(SessionCodes.read(payload, place))
+                self._session_products[codebooks] = found
+            return self._session_products[codebooks]
+
     def _book(self, coding: dict[str, Any], where: str) -> OpenBook:
         """The book that a snapshot's coding names."""
         wanted = coding.get("book")
@@ -553,6 +573,8 @@ class Archive:
         )
         total += sum(entry.ref.length for entry in record.opaque)
         total += sum(ref.length for ref in self._bases_of(record))
+        held = self._container.by_checksum(CODEBOOKS)
+        total += sum(held[key].length for key in set(self.codebooks(record)) if key in held)
         ancestor: int | None = record.number
         while ancestor is not None:
             total += self._container.snapshots[ancestor].length
@@ -561,12 +583,20 @@ class Archive:
 
     def bases(self, record: SnapshotRecord) -> list[int]:
         """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
-        names = record.coding.get("bases", [])
+        return self._ids(record, "bases", "a basis")
+
+    def codebooks(self, record: SnapshotRecord) -> list[int]:
+        """Ids of the codebooks of the file that a snapshot's blocks of codec 6 are coded with, the
+        newest last."""
+        return self._ids(record, "codebooks", "codebooks")
+
+    def _ids(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
+        names = record.coding.get(key, [])
         if not isinstance(names, list) or not all(
             isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
         ):
             raise DamagedError(
-                f"{self.path}: snapshot {record.number} names a basis in an unknown way; damaged"
+                f"{self.path}: snapshot {record.number} names {what} in an unknown way; damaged"
             )
         return [int(name, 16) for name in names]
 

@@ -297,15 +297,12 @@ class SessionCoder:
 
     def _newest(self, track: Track, turn: KeyTurn | None) -> SessionCodec | None:
         """The codec of the last of the parent's bases that is for these tensors."""
+        from .session_basis import same_turn
+
         for number in reversed(self._old_bases):
             assert self._archive is not None
             codec = self._archive.session_codec(number, self._archive.path)
-            known = codec.basis.turn
-            same = known == turn if known is None or turn is None else (
-                (known.head_dim, known.pairing) == (turn.head_dim, turn.pairing)
-                and np.array_equal(known.inv_freq, turn.inv_freq)
-            )  # fmt: skip
-            if same and codec.basis.fits(track.tensors):
+            if same_turn(codec.basis.turn, turn) and codec.basis.fits(track.tensors):
                 return codec
         return None
 

@@ -36,7 +36,7 @@ from .lossy_coding import (
     step_of_ratio,
 )
 from .model import ModelIdentity, Snapshot, Track
-from .product_coding import BookProductCoder, ProductOptions
+from .product_coding import BookProductCoder, ProductOptions, SessionProductCoder
 from .sources import open_source
 from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tier_from_name
 
@@ -199,6 +199,11 @@ def _coder(
     elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
     else:
+        product = target.product
+        if product is None and tier is CUSTOM and parent is not None:
+            product = ProductOptions.of(parent.coding)
+        if product is not None:
+            return SessionProductCoder(product, archive, parent)
         if target != Target():
             raise UsageError("a target KL or ratio needs a book: give it with --book")
         if not tier.tolerance:

@@ -1,4 +1,4 @@
-"""How packing codes tracks by product quantization: with the codebooks of a book."""
+"""How packing codes tracks by product quantization: with a book's codebooks, or the file's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import registry
 from .archive import Archive, ArchivedTrack
-from .container.records import FrameRun, common_prefix
+from .container.records import FrameRun, SnapshotRecord, common_prefix
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
@@ -22,6 +22,8 @@ from .model import Snapshot, Track
 if TYPE_CHECKING:
     from .book_codec import BookCodec
     from .entropy.token_ids import TokenCoder
+    from .product_session import SessionCodes
+    from .session_basis import KeyTurn
 
 Span = tuple[int, int]
 
@@ -141,3 +143,114 @@ class _Count:
         with self._lock:
             for key, value in (("fallback_frames", n_exact), ("fallback_bytes", n_bytes)):
                 self.facts[key] += value
+
+
+class SessionProductCoder:
+    """Codes with codebooks learnt from the new frames, or with the parent's; a
+    `tscfile.lossy_coding.LossyCoder`."""
+
+    def __init__(
+        self, options: ProductOptions, archive: Archive | None = None,
+        parent: SnapshotRecord | None = None,
+    ) -> None:  # fmt: skip
+        """``parent``: the snapshot of ``archive`` that the new one is planned against."""
+        self._options, self._archive = options, archive
+        self.token_coder: TokenCoder | None = None
+        self._old = archive.codebooks(parent) if archive and parent else []
+        self._count = _Count(
+            {**options.facts(), "keys": "as they stand", "codebooks": []}
+        )
+        self.facts = self._count.facts
+
+    def begin(
+        self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
+    ) -> Callable[[Span], EncodedChunk]:
+        from .product_codec import ProductCodec
+        from .session_basis import key_turn
+        from .session_codec import check
+
+        check(track.tensors, "pack")
+        turn = key_turn(snapshot.identity, track.tensors)
+        if turn is not None:
+            self.facts["keys"] = "turned back to position 0"
+        if not ranges:
+            return _nothing_to_encode
+        codes = self._parents(track, turn) or self._learn(snapshot, track, turn, ranges)
+        if not codes.id:
+            codes.id = writer.add_codebooks(codes.write())
+        self._note(codes.id)
+        codec, above = ProductCodec(codes), self._options.fallback_above
+        limit = math.inf if above is None else above * codes.error
+
+        def encode(span: Span) -> EncodedChunk:
+            pos = track.cells.pos[slice(*span)]
+            context, alike = FrameContext(pos, snapshot.tokens), np.zeros(len(pos))
+            rows = track.read(*span)
+            coded = codec.encode(rows, track.tensors, context, alike, alike + limit)
+            self._count.add(coded.n_exact, track)
+            return coded.chunk
+
+        return encode
+
+    def _parents(self, track: Track, turn: KeyTurn | None) -> SessionCodes | None:
+        """The last of the parent's codebooks that are for these tensors."""
+        from .product_session import SessionCodes
+        from .session_basis import same_turn
+
+        for number in reversed(self._old):
+            assert self._archive is not None
+            codes = self._archive.session_product(number, self._archive.path).domain
+            assert isinstance(codes, SessionCodes)
+            if same_turn(codes.turn, turn) and codes.fits(track.tensors):
+                return codes
+        return None
+
+    def _learn(
+        self, snapshot: Snapshot, track: Track, turn: KeyTurn | None, ranges: Sequence[Span]
+    ) -> SessionCodes:
+        from .product_session import learn_session
+        from .session_learning import Sample
+
+        cells = np.concatenate([np.arange(*span) for span in ranges])
+        facts = snapshot.identity.facts
+        head_dims = [
+            int(facts[key]) for key in ("head_dim_k", "head_dim_v") if isinstance(
+                facts.get(key), int) and facts[key] > 0
+        ]  # fmt: skip
+        sample = Sample(track, cells, turn)
+        return learn_session(
+            sample, track.tensors, turn, head_dims, self._options.code_bytes, len(cells)
+        )
+
+    def _note(self, codebooks: int) -> None:
+        name = f"{codebooks:016x}"
+        if name not in self.facts["codebooks"]:
+            self.facts["codebooks"].append(name)
+
+    def near(
+        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
+        run: FrameRun, archive: Archive,
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        from .product_codec import OF_BOOK, codebook_of
+
+        (chunk,) = archive.block(run).chunks
+        if chunk.codec != registry.PRODUCT:
+            return np.zeros(stop - start, bool)
+        where, payload = old.lossy_payload(run.block, chunk)
+        codebooks = codebook_of(payload, where)
+        if codebooks == OF_BOOK:
+            return np.zeros(stop - start, bool)
+        context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
+        rows = track.read(start, stop)
+        codec = old.product_codec(payload, where)
+        near = codec.same(payload, run.first, rows, track.tensors, context, where)
+        if len(old.tokens) and len(snapshot.tokens):
+            # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
+            near &= context.pos < common_prefix(old.tokens, snapshot.tokens)
+        if near.any():
+            self._note(codebooks)
+        return near
+
+
+def _nothing_to_encode(span: Span) -> EncodedChunk:
+    raise AssertionError("no frames were announced")

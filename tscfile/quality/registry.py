@@ -20,6 +20,9 @@ PEERS = "peers"
 PRODUCT_BYTES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 """Bytes of a frame that product quantization is measured with."""
 
+PRODUCT_BYTES_NO_BOOK = (48, 96, 192, 384)
+"""The same without a book, for frames of 1536 channels."""
+
 TARGET_KLS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.022, 0.03, 0.05)
 """KLs that the transform of a book is asked for: points of its curve between the tiers."""
 
@@ -80,6 +83,9 @@ def _dials() -> dict[str, dict[str, Any]]:
     """Options of `tscfile.pack` beside the tiers: ``pq-4`` is product quantization at 4 bytes a
     frame, ``kl-0.01`` the step of which the book expects that KL."""
     products = {f"pq-{n:g}": {"product": ProductOptions(n)} for n in PRODUCT_BYTES}
+    products |= {
+        f"pq{NO_BOOK}-{n}": {"product": ProductOptions(n)} for n in PRODUCT_BYTES_NO_BOOK
+    }
     return products | {f"kl-{kl:g}": {"target_kl": kl} for kl in TARGET_KLS}
 
 
@@ -106,6 +112,9 @@ def make_codecs(
         if name in TIERS:
             codecs.append(TierCodec(name, None if TIERS[name].exact else book))
         elif name in _dials():
+            if name.startswith(f"pq{NO_BOOK}"):
+                codecs.append(TierCodec(None, None, name, **_dials()[name]))
+                continue
             if book is None:
                 raise UsageError(f"{name} needs a book; give one with --book")
             codecs.append(TierCodec(None, book, name, **_dials()[name]))

@@ -82,6 +82,9 @@ class ProductQuantizer:
     ) -> Codes:
         """Codes of the first ``counts[i]`` (int64 ``[n]``) stages of each vector."""
         codes = np.zeros((len(values), self.n_stages), np.uint8)
+        if beam == 1:
+            self._encode_greedily(values.copy(), counts, codes)
+            return _flat(codes, counts)
         for start in range(0, len(values), _BLOCK):
             numbers = np.arange(start, min(start + _BLOCK, len(values)))
             paths = _Paths(self, values[numbers], beam)
@@ -90,6 +93,17 @@ class ProductQuantizer:
                 here = counts[numbers] == paths.stage
                 codes[numbers[here], : paths.stage] = found[here]
         return _flat(codes, counts)
+
+    def _encode_greedily(
+        self, left: Floats, counts: NDArray[np.int64], codes: Codes
+    ) -> None:
+        for stage in range(int(counts.max(initial=0))):
+            here = np.flatnonzero(counts > stage)[:, None]
+            columns, centroids = self.columns[stage], self.centroids[self.books[stage]]
+            part = np.ascontiguousarray(left[here, columns])
+            found = ops.nearest_centroids(part, centroids)
+            codes[here[:, 0], stage] = found
+            left[here, columns] = part - centroids[found]
 
     def errors(self, values: Floats, beam: int = BEAM) -> NDArray[np.float64]:
         """Squared error of vectors float32 ``[n, W]`` with codes of 0, 1, … all stages: float64
