@@ -20,7 +20,7 @@ PEERS = "peers"
 PRODUCT_BYTES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 """Bytes of a frame that product quantization is measured with."""
 
-PRODUCT_BYTES_NO_BOOK = (48, 96, 192, 384)
+PRODUCT_BYTES_NO_BOOK = (192, 384, 768)
 """The same without a book, for frames of 1536 channels."""
 
 TARGET_KLS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.022, 0.03, 0.05)

@@ -181,6 +181,7 @@ def kmeans(
 
     ``first``: where to begin; else at vectors drawn at random, or with faiss, if that is installed.
     """
+    vectors = np.ascontiguousarray(vectors, np.float32)
     if first is None:
         trained = _by_faiss(vectors, n_centroids, iterations, int(rng.integers(1 << 31)))
         if trained is not None:
@@ -216,7 +217,7 @@ def _by_faiss(
         vectors.shape[1], n_centroids, niter=iterations, seed=seed,
         min_points_per_centroid=1, max_points_per_centroid=len(vectors),
     )  # fmt: skip
-    trainer.train(np.ascontiguousarray(vectors, np.float32))
+    trainer.train(vectors)
     return np.ascontiguousarray(trainer.centroids, np.float32)
 
 
