@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 
-QUANTIZER = "product"
-"""What ``coding`` says of a snapshot whose frames are coded so."""
-
-
 @dataclass(frozen=True)
 class ProductOptions:
     """``code_bytes``: about what frames take in the mean; with a book each takes what it is worth,
@@ -51,13 +47,13 @@ class ProductOptions:
     def of(cls, coding: dict[str, Any]) -> ProductOptions | None:
         """Those that a snapshot was packed with; None if it was packed otherwise."""
         code_bytes, above = coding.get("code_bytes"), coding.get("fallback_above")
-        if coding.get("quantizer") != QUANTIZER or not isinstance(code_bytes, float | int):
+        if not isinstance(code_bytes, float | int):
             return None
         return cls(float(code_bytes), float(above) if isinstance(above, float | int) else None)
 
     def facts(self) -> dict[str, Any]:
         above = {} if self.fallback_above is None else {"fallback_above": self.fallback_above}
-        return {"quantizer": QUANTIZER, "code_bytes": self.code_bytes, **above}
+        return {"code_bytes": self.code_bytes, **above}
 
 
 class BookProductCoder:

@@ -107,7 +107,7 @@ def make_codecs(
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
     fixed, learnt = fixed_peers(), learnt_peers()
-    codecs = []
+    codecs: list[Codec] = []
     for name in chosen:
         if name in TIERS:
             codecs.append(TierCodec(name, None if TIERS[name].exact else book))

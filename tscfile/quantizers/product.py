@@ -66,8 +66,8 @@ class ProductQuantizer:
             paths = _Paths(self, values[numbers], beam)
             least = np.zeros(len(values))
             while paths.stage < self.n_stages and len(numbers):
-                found, cost = paths.extend()
-                cost = cost + worth[numbers] * paths.stage
+                found, change = paths.extend()
+                cost = change + worth[numbers] * paths.stage
                 better = cost < least[numbers]
                 chosen = numbers[better]
                 least[chosen], counts[chosen] = cost[better], paths.stage
@@ -210,7 +210,7 @@ def _by_faiss(
     vectors: Floats, n_centroids: int, iterations: int, seed: int
 ) -> Floats | None:
     try:
-        import faiss
+        import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         return None
     trainer = faiss.Kmeans(
