@@ -17,6 +17,7 @@ from tscfile.tiers import TIERS
 
 if TYPE_CHECKING:
     from tscfile.model import ModelIdentity
+    from tscfile.packing import PackReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,6 +126,14 @@ def size(n_bytes: float) -> str:
     while n_bytes >= 1000 and unit < len(_UNITS) - 1:
         n_bytes, unit = n_bytes / 1000, unit + 1
     return f"{n_bytes:.3g} {_UNITS[unit]}" if unit else f"{n_bytes:.0f} B"
+
+
+def fallback(report: PackReport) -> str:
+    """What is said of frames that product quantization kept exact."""
+    if report.n_frames_exact is None:
+        return ""
+    share = report.n_frames_exact / max(report.n_frames_new, 1)
+    return f", {share:.2%} of the new frames exact in {size(report.exact_bytes or 0)}"
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class TokenTables(NamedTuple):
 
 
 def backend(name: str, module: str) -> ModuleType:
-    """A ``module`` ("rans", "bits", "symbols", "token_ids") of a backend.
+    """A ``module`` ("rans", "bits", "symbols", "token_ids", "centroids") of a backend.
 
     `ValueError` for a backend that is not known.
     """
@@ -307,6 +307,73 @@ def decode_tokens(
         tables, weights, match, data, ids, leaves, n_context
     )
     return ok
+
+
+def nearest_centroids(
+    vectors: NDArray[np.float32], centroids: NDArray[np.float32], on: str = "cpu"
+) -> NDArray[np.uint8]:
+    """The centroid at the least distance from each vector, the first of equals: uint8 ``[n]``.
+
+    ``vectors``: float32 ``[n, d]``; ``centroids``: float32 ``[k, d]``, 1 to 256 of them; all
+    finite (not checked). Twins may differ where two squared distances are within 2^-16 of the
+    larger of the squared lengths.
+
+    >>> centroids = np.array([[0, 0], [4, 0]], np.float32)
+    >>> vectors = np.array([[1, 2], [3, 1]], np.float32)
+    >>> nearest_centroids(vectors, centroids, on="reference").tolist()
+    [0, 1]
+    """
+    _check(vectors, np.float32, 2, "vectors")
+    _check(centroids, np.float32, 2, "centroids")
+    if vectors.shape[1] != centroids.shape[1] or not 1 <= len(centroids) <= 256:
+        raise ValueError("there must be 1 to 256 centroids, as wide as the vectors")
+    nearest: NDArray[np.uint8] = backend(on, "centroids").nearest_centroids(vectors, centroids)
+    return nearest
+
+
+def gather_centroids(
+    codes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+    books: NDArray[np.int32],
+    columns: NDArray[np.int32],
+    centroids: NDArray[np.float32],
+    n_columns: int,
+    on: str = "cpu",
+) -> NDArray[np.float32]:
+    """What codes stand for: a sum of one centroid for each stage, float32 ``[n, n_columns]``.
+
+    Row ``i`` has the next ``counts[i]`` (int64 ``[n]``) of ``codes`` (uint8 ``[sum(counts)]``), one
+    for each of the first stages. Stage ``s`` adds ``centroids[books[s], code]`` (float32
+    ``[B, k, d]``) to the columns ``columns[s]`` (int32 ``[S, d]``, each at most once in a stage,
+    not checked), in the order of the stages. `ValueError` for an index that is not there.
+
+    >>> centroids = np.array([[[1, 2], [3, 4]]], np.float32)
+    >>> columns = np.array([[0, 2], [1, 2]], np.int32)
+    >>> codes, counts = np.array([1, 0, 1], np.uint8), np.array([2, 1])
+    >>> books = np.zeros(2, np.int32)
+    >>> gather_centroids(codes, counts, books, columns, centroids, 3, on="reference").tolist()
+    [[3.0, 1.0, 6.0], [3.0, 0.0, 4.0]]
+    """
+    _check(codes, np.uint8, 1, "codes")
+    _check(counts, np.int64, 1, "counts")
+    _check(books, np.int32, 1, "books")
+    _check(columns, np.int32, 2, "columns")
+    _check(centroids, np.float32, 3, "centroids")
+    n_books, n_centroids, width = centroids.shape
+    if len(books) != len(columns) or columns.shape[1] != width:
+        raise ValueError("books, columns and centroids do not fit each other")
+    for array, limit, what in (
+        (codes, n_centroids, "code"), (books, n_books, "codebook"), (columns, n_columns, "column"),
+        (counts, len(books) + 1, "count"),
+    ):  # fmt: skip
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
+            raise ValueError(f"a {what} is not below {limit}")
+    if int(counts.sum()) != len(codes):
+        raise ValueError(f"{len(codes)} codes are not as many as their counts say")
+    values: NDArray[np.float32] = backend(on, "centroids").gather_centroids(
+        codes, counts, books, columns, centroids, n_columns
+    )
+    return values
 
 
 def _check_model(

@@ -19,6 +19,7 @@ from .container.records import (
     BASIS,
     BOOK,
     CHUNK,
+    CODEBOOKS,
     OPAQUE,
     SNAPSHOT,
     BlockEntry,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .book_codec import BookCodec
     from .books.book import OpenBook
     from .entropy.token_ids import TokenCoder
+    from .product_codec import ProductCodec
     from .session_codec import SessionCodec
 
 Rows = NDArray[np.uint8]
@@ -140,6 +142,9 @@ class ArchivedTrack:
             return [part[run.first : run.first + run.count] for part in rows]
         where, payloads = self.lossy_payloads(run.block, chunk)
         context = self.context(cell, cell + run.count)
+        if chunk.codec == registry.PRODUCT:
+            product = self.product_codec(payloads[0], where)
+            return product.decode(payloads[0], self.tensors, run.first, context, where)
         if chunk.codec == registry.SESSION_TRANSFORM:
             codec = self.session_codec(payloads[0], where)
             return codec.decode(payloads[0], self.tensors, run.first, context.pos, where)
@@ -147,7 +152,7 @@ class ArchivedTrack:
 
     def lossy_payloads(self, number: int, chunk: ChunkEntry) -> tuple[str, list[memoryview]]:
         """A lossy chunk and those that it refines, the base first; they fit index, snapshot, and
-        book or basis."""
+        book, basis or codebooks."""
         payloads = []
         entry = self._archive.container.blocks[number]
         for each in entry.chunks[: chunk.quality_layer + 1]:
@@ -157,10 +162,12 @@ class ArchivedTrack:
             if header.raw_length > blocks.MOST_LOSSY_BYTES:
                 raise DamagedError(f"{where}: {header.raw_length} raw bytes; damaged")
             payloads.append(payload)
-        codec = self.session_codec(payloads[0], where) if (
-            chunk.codec == registry.SESSION_TRANSFORM
-        ) else self.codec()  # fmt: skip
-        codec.check(self.tensors, where)
+        if chunk.codec == registry.PRODUCT:
+            self.product_codec(payloads[0], where).check(self.tensors, where)
+        elif chunk.codec == registry.SESSION_TRANSFORM:
+            self.session_codec(payloads[0], where).check(self.tensors, where)
+        else:
+            self.codec().check(self.tensors, where)
         return where, payloads
 
     def chunks(self, run: FrameRun) -> tuple[ChunkEntry, ...]:
@@ -178,6 +185,17 @@ class ArchivedTrack:
             raise DamagedError(f"{where}: is coded with a basis that its snapshot lacks; damaged")
         return self._archive.session_codec(basis, where)
 
+    def product_codec(self, payload: memoryview, where: str) -> ProductCodec:
+        """What a chunk of codec 6 is decoded with."""
+        from .product_codec import OF_BOOK, codebook_of
+
+        codebook = codebook_of(payload, where)
+        if codebook == OF_BOOK:
+            return self._archive.book_product(self._owner)
+        if codebook not in self._archive.codebooks(self._owner):
+            raise DamagedError(f"{where}: is coded with codebooks that its snapshot lacks; damaged")
+        return self._archive.session_product(codebook, where)
+
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""
         return self._archive.book_codec(self._owner)
@@ -185,7 +203,10 @@ class ArchivedTrack:
     def find_book(self) -> None:
         """Find the book that the track's blocks need, if they do; raises as `codec` does."""
         chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
-        if any(chunk.codec in registry.OF_BOOK for chunk in chunks):
+        needing = set(registry.OF_BOOK)
+        if "book" in self._owner.coding:
+            needing.add(registry.PRODUCT)
+        if any(chunk.codec in needing for chunk in chunks):
             self.codec()
 
     @property
@@ -229,7 +250,9 @@ class ArchivedTrack:
         where, payloads = self.lossy_payloads(number, lossy[-1])
         if not is_exact(entry) and blocks.opaque_id(*payloads) != entry.content_id:
             raise DamagedError(f"{where}: is not what was packed; damaged")
-        if lossy[-1].codec == registry.SESSION_TRANSFORM:
+        if lossy[-1].codec == registry.PRODUCT:
+            self.product_codec(payloads[0], where).read(payloads[0], where)
+        elif lossy[-1].codec == registry.SESSION_TRANSFORM:
             self.session_codec(payloads[0], where).integers(payloads[0], where)
         else:
             self.codec().read(payloads, where)
@@ -283,6 +306,8 @@ class Archive:
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
+        self._products: dict[int, ProductCodec] = {}
+        self._session_products: dict[int, ProductCodec] = {}
         self._bases: dict[int, RecordRef] | None = None
         self._session_codecs: dict[int, SessionCodec] = {}
         self._lock = threading.RLock()
@@ -513,6 +538,32 @@ class Archive:
     def token_coder(self, record: SnapshotRecord) -> TokenCoder | None:
         """What token ids of a snapshot with a book are coded with."""
         return self._book(record.coding, f"{self.path}: snapshot {record.number}").token_coder
+    def book_product(self, record: SnapshotRecord) -> ProductCodec:
+        """The codec of the codebooks in a snapshot's book; raises as `book_codec` does, and
+        `UsageError` if the book has none."""
+        from .product_codec import BookDomain, ProductCodec
+
+        with self._lock:
+            if record.number not in self._products:
+                codec = self.book_codec(record)
+                self._products[record.number] = ProductCodec(BookDomain(codec, self.path))
+            return self._products[record.number]
+
+    def session_product(self, codebooks: int, where: str) -> ProductCodec:
+        """The codec of codebooks that the file holds; `DamagedError` if it does not."""
+        from .product_codec import ProductCodec
+        from .product_session import SessionCodes
+
+        with self._lock:
+            if codebooks not in self._session_products:
+                ref = self._container.by_checksum(CODEBOOKS).get(codebooks)
+                if ref is None:
+                    raise DamagedError(f"{where}: its codebooks are not in the file; damaged")
+                payload = self._container.read(ref, CODEBOOKS, codebooks)
+                place = f"{self.path}: codebooks at offset {ref.offset}"
+                found = ProductCodec(SessionCodes.read(payload, place))
+                self._session_products[codebooks] = found
+            return self._session_products[codebooks]
 
     def _book(self, coding: dict[str, Any], where: str) -> OpenBook:
         """The book that a snapshot's coding names."""
@@ -592,6 +643,8 @@ class Archive:
         )  # fmt: skip
         total += sum(entry.ref.length for entry in record.opaque)
         total += sum(ref.length for ref in self.basis_records(record))
+        held = self._container.by_checksum(CODEBOOKS)
+        total += sum(held[key].length for key in set(self.codebooks(record)) if key in held)
         ancestor: int | None = record.number
         while ancestor is not None:
             total += self._container.snapshots[ancestor].length
@@ -600,12 +653,20 @@ class Archive:
 
     def bases(self, record: SnapshotRecord) -> list[int]:
         """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
-        names = record.coding.get("bases", [])
+        return self._ids(record, "bases", "a basis")
+
+    def codebooks(self, record: SnapshotRecord) -> list[int]:
+        """Ids of the codebooks of the file that a snapshot's blocks of codec 6 are coded with, the
+        newest last."""
+        return self._ids(record, "codebooks", "codebooks")
+
+    def _ids(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
+        names = record.coding.get(key, [])
         if not isinstance(names, list) or not all(
             isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
         ):
             raise DamagedError(
-                f"{self.path}: snapshot {record.number} names a basis in an unknown way; damaged"
+                f"{self.path}: snapshot {record.number} names {what} in an unknown way; damaged"
             )
         return [int(name, 16) for name in names]
 

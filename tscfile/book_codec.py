@@ -136,7 +136,7 @@ class BookCodec:
         ``layers``: for each quality layer, the base first, int32 ``[n]``, see `steps_of`; from
         layer to layer finer, and by the same in all frames.
         """
-        residual = self._residual(rows, tensors, context)
+        residual = self.residual(rows, tensors, context)
         writers = [ByteWriter() for _ in layers]
         for start, stop in _runs(layers[0]):
             below = None
@@ -295,7 +295,7 @@ class BookCodec:
         tensors: Sequence[TensorSpec], context: FrameContext, where: str,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Which frames ``rows`` lie within `MAX_DELTA` steps of what is stored, bool ``[n]``."""
-        residual = self._residual(rows, tensors, context)
+        residual = self.residual(rows, tensors, context)
         near = np.zeros(len(residual), bool)
         for place, segment, values in _within(self.read(payloads, where), first, len(near)):
             new = self.book.analyse(residual[place], segment.counts)
@@ -303,7 +303,7 @@ class BookCodec:
             near[place] = (apart <= MAX_DELTA * segment.step).all(axis=1)
         return near
 
-    def _residual(
+    def residual(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext
     ) -> Floats:
         """What the tokens do not say of the frames, float32 ``[n, C]``."""

@@ -19,9 +19,11 @@ from .archive import Archive, ArchivedTrack, is_absent
 from .container.records import (
     BASIS,
     BOOK,
+    CODEBOOKS,
     BlockEntry,
     FrameRun,
     SnapshotRecord,
+    checksum,
     logical_seed,
 )
 from .container.writer import ContainerWriter, EncodedChunk
@@ -170,10 +172,13 @@ class _Compactor:
         container = self._archive.container
         books = {record.coding.get("book") for record in self._records}
         bases = {ref for record in self._records for ref in self._archive.basis_records(record)}
+        codebooks = {key for record in self._records for key in self._archive.codebooks(record)}
 
         def wanted(type_: int, ref: Any, payload: memoryview) -> bool:
             if type_ == BASIS:
                 return ref in bases
+            if type_ == CODEBOOKS:
+                return checksum(payload) in codebooks
             return type_ != BOOK or bytes(payload[-32:]).hex() in books
 
         self._writer.copy_extras(container, wanted)

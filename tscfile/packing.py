@@ -35,6 +35,7 @@ from .lossy_coding import (
     step_of_ratio,
 )
 from .model import ModelIdentity, Snapshot, Track
+from .product_coding import BookProductCoder, ProductOptions, SessionProductCoder
 from .sources import open_source
 from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tiers_from_names
 from .tokens_tier import TokensCoder, check_recomputable
@@ -53,6 +54,8 @@ class PackReport:
     ``n_frames_changed`` counts new frames of tokens that the parent has too: the source computed
     them again with other rows. ``bytes_added`` and ``file_bytes`` are
     sizes in the archive, ``raw_bytes`` the rows of the snapshot at their source types.
+    ``n_frames_exact``, ``exact_bytes``: new frames that product quantization kept as they are, and
+    their bytes; None where it was given no threshold.
     """
 
     snapshot: int
@@ -67,6 +70,8 @@ class PackReport:
     raw_bytes: int
     bytes_added: int
     file_bytes: int
+    n_frames_exact: int | None = None
+    exact_bytes: int | None = None
 
 
 def pack(
@@ -78,6 +83,7 @@ def pack(
     embed_book: bool = False,
     target_kl: float | None = None,
     target_ratio: float | None = None,
+    product: ProductOptions | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
     force: bool = False,
@@ -91,7 +97,8 @@ def pack(
     snapshot itself; "tokens" stores no frames and needs the fingerprint of the weights.
     ``embed_book``: put the book into the archive, which then needs no other file.
     ``target_kl`` (nats), ``target_ratio``: in place of a tier, the step that the book expects to
-    have this KL, or the finest that makes the archive so small. ``identity``: what is known of the
+    have this KL, or the finest that makes the archive so small. ``product``: in place of a tier,
+    product quantization. ``identity``: what is known of the
     model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
@@ -102,7 +109,7 @@ def pack(
     >>> report.plan, report.n_tokens, report.n_frames_new
     ('keyframe', 400, 400)
     """
-    target = Target(target_kl, target_ratio)
+    target = Target(target_kl, target_ratio, product)
     default = DEFAULT_BOOK_TIER if book else DEFAULT_TIER
     chosen = target.tiers(tier) or tiers_from_names(default)
     snapshot, label = _open(source, name)
@@ -115,7 +122,7 @@ def pack(
             writer.add_book(Path(book).read_bytes())
         number = _store(writer, snapshot, planned, chosen, coder, label, None, progress)
         size = writer.commit()
-    return _report(number, chosen, snapshot, planned, size, size)
+    return _report(number, chosen, snapshot, planned, size, size, coder)
 
 
 def append(
@@ -157,7 +164,7 @@ def append(
             if isinstance(error, OSError):
                 files.name_file(error, path)
             raise
-    return _report(number, chosen, snapshot, planned, size, size - before)
+    return _report(number, chosen, snapshot, planned, size, size - before, coder)
 
 
 @dataclass
@@ -202,6 +209,11 @@ def _coder(
     elif lossy[0].codec is None:
         return TokensCoder()
     else:
+        product = target.product
+        if product is None and CUSTOM in lossy and parent is not None:
+            product = ProductOptions.of(parent.coding)
+        if product is not None:
+            return SessionProductCoder(product, archive, parent)
         if target != Target():
             raise UsageError("a target KL or ratio needs a book: give it with --book")
         if len(lossy) > 1:
@@ -211,6 +223,11 @@ def _coder(
         return SessionCoder(lossy[0], archive, parent)
     if lossy[0].codec is None:
         return TokensCoder(codec)
+    product = target.product
+    if product is None and CUSTOM in lossy and parent is not None:
+        product = ProductOptions.of(parent.coding)
+    if product is not None:
+        return BookProductCoder(codec, product, f"book {codec.id[:16]}")
     if CUSTOM not in lossy:
         return BookCoder(codec, [codec.book.tier(tier.name).log_step for tier in lossy])
     if target.kl is not None:
@@ -464,8 +481,10 @@ def _store_opaque(
 
 
 def _report(
-    number: int, tiers: Sequence[Tier], snapshot: Snapshot, planned: _Planned, size: int, added: int
-) -> PackReport:
+    number: int, tiers: Sequence[Tier], snapshot: Snapshot, planned: _Planned, size: int,
+    added: int, coder: LossyCoder | None,
+) -> PackReport:  # fmt: skip
+    facts = coder.facts if coder else {}
     n_cells = sum(len(track.cells) for track in snapshot.tracks)
     return PackReport(
         snapshot=number,
@@ -483,4 +502,6 @@ def _report(
         raw_bytes=snapshot.raw_bytes,
         bytes_added=added,
         file_bytes=size,
+        n_frames_exact=facts.get("fallback_frames"),
+        exact_bytes=facts.get("fallback_bytes"),
     )

@@ -10,8 +10,9 @@ FIELDS_CLASSED_RANS = 1
 BOOK_TRANSFORM = 2
 SESSION_TRANSFORM = 3
 BOOK_REFINEMENT = 4
+PRODUCT = 6
 
-LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, BOOK_REFINEMENT})
+LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, BOOK_REFINEMENT, PRODUCT})
 """Codecs that do not give back the very rows."""
 
 OF_BOOK = frozenset({BOOK_TRANSFORM, BOOK_REFINEMENT})
@@ -23,4 +24,5 @@ CODEC_NAMES = {
     BOOK_TRANSFORM: "book-transform+segments",
     SESSION_TRANSFORM: "session-transform",
     BOOK_REFINEMENT: "book-refinement",
+    PRODUCT: "product",
 }

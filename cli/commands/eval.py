@@ -37,7 +37,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--calibration", type=_FILE, help="Text for codecs that learn; no part of --text.")
 @click.option(
     "--codecs", "--tiers", "codecs", metavar="A,B,…",
-    help="Tiers and peers, or groups of them: peers, kvtc, kivi, …; all by default.",
+    help="Tiers and peers, or groups of them: peers, kvtc, kivi, …; all by default. pq: product "
+    "quantization, kl: the transform at KLs between the tiers.",
 )  # fmt: skip
 @click.option("--frames", type=_Numbers(), default="768,1792", show_default=True, metavar="N[,N]",
               help="Tokens in the cache.")  # fmt: skip

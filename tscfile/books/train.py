@@ -5,7 +5,7 @@
    their coordinates from the tokens (`network`).
 3. *Basis*: eigenvectors, in the metric, of what the prediction leaves, for each group of layers.
 4. *Distributions* of quantized coefficients at several steps, pooled by class (`ladder`), and of
-   token ids (`entropy.token_ids`).
+   token ids (`entropy.token_ids`); codebooks of coefficients (`product`).
 5. *Tiers*: the step that meets each quality target, found by the continuation protocol on
    documents that all this did not see (`measure`).
 
@@ -45,6 +45,7 @@ from .checkpoint import Checkpoint, State
 from .measure import measure_tiers
 from .metric import Metric
 from .network import Sample, fit_network
+from .product import learn_product
 from .tables import quantize_rows
 
 METRICS = ("fisher", "attention", "plain")
@@ -133,6 +134,7 @@ def train(
     )  # fmt: skip
     book = with_basis(book, source, metric, checkpoint, progress)
     book.arrays["frequencies"] = distributions(book, source, progress)
+    book.arrays |= learn_product(book, source, progress, seed=options.seed)
     progress("token ids")
     book.arrays |= token_ids.learn(documents, len(book.arrays["token_vectors"]))
     book.tiers = measure_tiers(

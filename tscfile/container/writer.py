@@ -16,6 +16,7 @@ from .records import (
     BASIS,
     BOOK,
     CHUNK,
+    CODEBOOKS,
     CRITICAL,
     INDEX,
     OPAQUE,
@@ -115,6 +116,11 @@ class ContainerWriter:
         Not critical: a reader that does not know it can still read what other codecs stored.
         """
         self._add_extra(BASIS, payload)
+        return checksum(payload)
+
+    def add_codebooks(self, payload: bytes) -> int:
+        """Store codebooks; returns their id. Not critical, as a basis is not."""
+        self._add_extra(CODEBOOKS, payload)
         return checksum(payload)
 
     def copy_extras(

@@ -1,20 +1,31 @@
 """Codecs by name: tiers of tscfile, and the peers they are measured against.
 
 A list of names may hold the names of groups: ``peers`` is all of them, ``kvtc``, ``kivi``, … those
-whose names begin so.
+whose names begin so, ``pq`` and ``kl`` the points of two curves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
+from ..product_coding import ProductOptions
 from ..tiers import TIERS as ALL_TIERS
 from .calibration import Calibration
 from .codec import Codec, TierCodec
 
 PEERS = "peers"
+PRODUCT_BYTES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+"""Bytes of a frame that product quantization is measured with."""
+
+PRODUCT_BYTES_NO_BOOK = (192, 384, 768)
+"""The same without a book, for frames of 1536 channels."""
+
+TARGET_KLS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.022, 0.03, 0.05)
+"""KLs that the transform of a book is asked for: points of its curve between the tiers."""
+
 NO_BOOK = "-nobook"
 """Behind the name of a tier: without the book that is given for the others."""
 
@@ -63,12 +74,22 @@ def learnt_peers() -> dict[str, Callable[[Calibration], Codec]]:
 
 def names() -> list[str]:
     """All names, tiers first."""
-    return [*TIERS, *_without_book(), *fixed_peers(), *learnt_peers()]
+    return [*TIERS, *_without_book(), *_dials(), *fixed_peers(), *learnt_peers()]
 
 
 def _without_book() -> dict[str, str]:
     """Tiers that need no book but may have one, by the name of measuring them without."""
     return {f"{name}{NO_BOOK}": name for name, tier in TIERS.items() if tier.tolerance}
+
+
+def _dials() -> dict[str, dict[str, Any]]:
+    """Options of `tscfile.pack` beside the tiers: ``pq-4`` is product quantization at 4 bytes a
+    frame, ``kl-0.01`` the step of which the book expects that KL."""
+    products = {f"pq-{n:g}": {"product": ProductOptions(n)} for n in PRODUCT_BYTES}
+    products |= {
+        f"pq{NO_BOOK}-{n}": {"product": ProductOptions(n)} for n in PRODUCT_BYTES_NO_BOOK
+    }
+    return products | {f"kl-{kl:g}": {"target_kl": kl} for kl in TARGET_KLS}
 
 
 def runnable(calibrated: bool, has_book: bool) -> list[str]:
@@ -89,10 +110,17 @@ def make_codecs(
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
     fixed, learnt = fixed_peers(), learnt_peers()
-    codecs = []
+    codecs: list[Codec] = []
     for name in chosen:
         if name in TIERS:
             codecs.append(TierCodec(name, None if TIERS[name].exact else book))
+        elif name in _dials():
+            if name.startswith(f"pq{NO_BOOK}"):
+                codecs.append(TierCodec(None, None, name, **_dials()[name]))
+                continue
+            if book is None:
+                raise UsageError(f"{name} needs a book; give one with --book")
+            codecs.append(TierCodec(None, book, name, **_dials()[name]))
         elif name in _without_book():
             codecs.append(TierCodec(_without_book()[name], name=name))
         elif name in fixed:
@@ -112,7 +140,7 @@ def _expand(name: str) -> Iterator[str]:
     found = [
         each for each in known
         if each not in TIERS and each not in _without_book()
-        and (name == PEERS or each.startswith(f"{name}-"))
+        and ((name == PEERS and each not in _dials()) or each.startswith(f"{name}-"))
     ]  # fmt: skip
     if not found:
         raise UsageError(f"codec {name!r} is unknown; known are {', '.join(known)} and {PEERS}")
