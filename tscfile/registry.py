@@ -9,6 +9,7 @@ RAW = 0
 FIELDS_CLASSED_RANS = 1
 BOOK_TRANSFORM = 2
 SESSION_TRANSFORM = 3
+BOOK_EXACT = 5
 
 LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM})
 """Codecs that do not give back the very rows."""
@@ -18,4 +19,5 @@ CODEC_NAMES = {
     FIELDS_CLASSED_RANS: "fields+classed-rans",
     BOOK_TRANSFORM: "book-transform+segments",
     SESSION_TRANSFORM: "session-transform",
+    BOOK_EXACT: "book-exact",
 }
