@@ -106,6 +106,36 @@ class ExactCodec:
         self._walk(pos, ids, step)
         return found
 
+    def predictions(
+        self, patterns: Patterns, form: exact.Format, pos: NDArray[np.int32],
+        ids: NDArray[np.int32],
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """What is predicted of each value of ``patterns``, float64 ``[C, n]``: what learning the
+        scales looks at."""
+        found = np.empty(patterns.shape, np.float64)
+
+        def step(
+            first: int, group: ExactGroup, base: Ints, turns: tuple[Ints, Ints], means: Ints
+        ) -> Ints:
+            part = np.ascontiguousarray(patterns[first : first + len(base)])
+            events = ops.exact_events(
+                group, base, turns, means, part, form, self.tables.cumulative
+            )
+            total = base + group.weights @ events.regressors
+            units = np.exp2(-(group.weight_bits + group.scale_bits).astype(np.float64))
+            predicted = total * units[:, None]
+            firsts = np.flatnonzero(group.pairs >= 0)[::2]
+            cos, sin = (
+                turn[group.pairs[firsts]] / (1 << exact.ANGLE_BITS) for turn in turns
+            )
+            a, b = predicted[firsts], predicted[firsts + 1]
+            predicted[firsts], predicted[firsts + 1] = a * cos - b * sin, b * cos + a * sin
+            found[first : first + len(base)] = predicted
+            return events.regressors
+
+        self._walk(pos, ids, step)
+        return found
+
     def decode(
         self, payload: memoryview, tensors: Sequence[TensorSpec], where: str
     ) -> list[Rows]:

@@ -36,6 +36,9 @@ Floats = NDArray[np.float64]
 _MOST_WEIGHTS = 1 << 24
 """About as many as a book may have; models of more channels see a shorter window."""
 
+_FRAMES_PER_WEIGHT = 8
+"""So many frames there are at least for each weight of a channel."""
+
 _HOLD_BACK = 8
 _MOST_HELD = 12
 """Every eighth window at most is kept from the weights, and so many of those are measured on."""
@@ -49,6 +52,9 @@ _RIDGE = 2.0**-22
 _ROUNDING = 0.1
 """Error of a prediction by the rounding of weights, relative to what it is off anyway."""
 
+_STRIP = 8
+"""Groups whose moments are summed with one matrix product."""
+
 _MOST_WEIGHT = (1 << 15) - 1
 _LEAST_COUNT = 32.0
 _BLOCK = 256
@@ -58,10 +64,11 @@ def learn_exact(
     book: Book, source: FrameSource, checkpoint: Checkpoint, progress: Progress
 ) -> dict[str, NDArray[Any]]:
     """The arrays, by name, for a ``book`` that has all its others."""
-    learner = _Learner(book)
     held = range(_HOLD_BACK - 1, len(source), _HOLD_BACK)
-    held = held if len(held) else range(len(source))
-    learnt = [i for i in range(len(source)) if i not in held or len(held) == len(source)]
+    learnt = [i for i in range(len(source)) if i not in held]
+    if not held:
+        held = range(len(source))
+    learner = _Learner(book, sum(len(source.context(i).pos) for i in learnt))
     moments = learner.moments(source, learnt, checkpoint, progress)
     progress("exact: weights")
     learner.fit(moments)
@@ -90,14 +97,15 @@ class _Piece:
 
 
 class _Learner:
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, n_frames: int) -> None:
         self.book = book
         self.order = book.exact_order
         n = self.order.n_channels
         dims = book.token_vectors.shape[1]
         # The first layer's keys and values follow from the token alone.
         token_channels = 2 * self.order.width if dims else 0
-        window = min(n, max(exact.GROUP, _MOST_WEIGHTS // n) // exact.GROUP * exact.GROUP)
+        most = min(_MOST_WEIGHTS // n, n_frames // _FRAMES_PER_WEIGHT)
+        window = min(n, max(exact.GROUP, most // exact.GROUP * exact.GROUP))
         self.layout = Layout(n, window, dims, token_channels)
         vectors = np.abs(book.token_vectors.astype(np.float64)) * book.token_scales[:, None]
         root = math.sqrt(float((vectors**2).mean())) if vectors.size else 1.0
@@ -175,14 +183,19 @@ class _Learner:
             head[:, 1:] = self._tokens(source.context(number))
             state["n"] += len(frames)
             state["shared"] += head.T.astype(np.float64) @ head
-            for ((low, first, stop, dims), width), part in zip(
-                spans, np.split(state["band"], np.cumsum(sizes)[:-1]), strict=True
-            ):
-                own = frames[:, first:stop].T
-                found = np.concatenate(
-                    [own @ head[:, : 1 + dims], own @ frames[:, low:stop]], axis=1
-                )
-                part += found.reshape(-1)
+            parts = np.split(state["band"], np.cumsum(sizes)[:-1])
+            for at in range(0, len(spans), _STRIP):
+                strip = spans[at : at + _STRIP]
+                begin, end = strip[0][0][1], strip[-1][0][2]
+                left = strip[0][0][0]
+                own = np.ascontiguousarray(frames[:, begin:end].T)
+                above, beside = own @ head, own @ frames[:, left:end]
+                for ((low, first, stop, dims), width), part in zip(
+                    strip, parts[at : at + _STRIP], strict=True
+                ):
+                    rows, sums = slice(first - begin, stop - begin), part.reshape(-1, width)
+                    sums[:, : 1 + dims] += above[rows, : 1 + dims]
+                    sums[:, 1 + dims :] += beside[rows, low - left : stop - left]
 
         return checkpoint.accumulate("exact", numbers, start, add)
 
