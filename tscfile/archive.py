@@ -116,7 +116,7 @@ class ArchivedTrack:
     def decode(self, run: FrameRun, cell: int, chunk: ChunkEntry) -> list[Rows]:
         """Rows of ``run``, whose first frame is cell ``cell``, from one chunk of its block."""
         if chunk.codec not in registry.LOSSY:
-            rows = self._archive.decode(run.block, chunk, self.tensors)
+            rows = self.exact_rows(run.block, chunk)
             return [part[run.first : run.first + run.count] for part in rows]
         where, payload = self.lossy_payload(run.block, chunk)
         context = self.context(cell, cell + run.count)
@@ -124,6 +124,17 @@ class ArchivedTrack:
             codec = self.session_codec(payload, where)
             return codec.decode(payload, self.tensors, run.first, context.pos, where)
         return self.codec().decode(payload, self.tensors, run.first, context, where)
+
+    def exact_rows(self, number: int, chunk: ChunkEntry) -> list[Rows]:
+        """All rows of an exact chunk of block ``number``."""
+        if chunk.codec != registry.BOOK_EXACT:
+            return self._archive.decode(number, chunk, self.tensors)
+        where, payload = self._archive.chunk_payload(number, chunk)
+        header = ChunkHeader.read(ByteReader(payload, where))
+        self._archive.check_header(number, chunk, header, self.tensors, where)
+        if header.raw_length > blocks.MOST_LOSSY_BYTES:
+            raise DamagedError(f"{where}: {header.raw_length} raw bytes are too many; damaged")
+        return self.codec().decode_exact(payload, self.tensors, where)
 
     def lossy_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
         """A lossy chunk that fits index, snapshot, and book or basis."""
@@ -152,7 +163,8 @@ class ArchivedTrack:
     def find_book(self) -> None:
         """Find the book that the track's blocks need, if they do; raises as `codec` does."""
         chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
-        if any(chunk.codec == registry.BOOK_TRANSFORM for chunk in chunks):
+        coded = (registry.BOOK_TRANSFORM, registry.BOOK_EXACT)
+        if any(chunk.codec in coded for chunk in chunks):
             self.codec()
 
     @property
@@ -181,7 +193,7 @@ class ArchivedTrack:
         """Decode a whole block of the track; `DamagedError` if it is not what was packed."""
         entry = self._archive.container.blocks[number]
         if is_exact(entry):
-            decoded = (self._archive.decode(number, c, self.tensors) for c in entry.chunks)
+            decoded = (self.exact_rows(number, chunk) for chunk in entry.chunks)
             self._archive.check_content(number, [part for rows in decoded for part in rows])
             return
         for chunk in entry.chunks:
@@ -356,7 +368,7 @@ class Archive:
             source=dict(record.source),
             opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
-            exact=not record.coding,
+            exact=all(is_exact(self.block(run)) for track in record.tracks for run in track.runs),
         )
 
     def read(
@@ -584,7 +596,8 @@ class Archive:
             if (chunk.first_tensor, chunk.raw_length) != (next_tensor, raw_length):
                 break
             next_tensor += chunk.n_tensors
-        if next_tensor != len(track.tensors) or (len(block.chunks) > 1 and not is_exact(block)):
+        whole = any(chunk.codec in registry.WHOLE for chunk in block.chunks)
+        if next_tensor != len(track.tensors) or (len(block.chunks) > 1 and whole):
             raise DamagedError(f"{where}: a block does not hold the tensors of its track; damaged")
 
     def _opaque(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:

@@ -50,14 +50,21 @@ class ExactCodec:
 
     def takes(self, tensors: Sequence[TensorSpec]) -> bool:
         """Are these tensors such as the tables are for, of a type that is coded?"""
+        if not self.takes_types(tensors):
+            return False
         width, n_layers = self.tables.order.width, self.tables.order.n_layers
         roles = ["".join(tensor.role for tensor in tensors).count(role) for role in "kv"]
         return (
             roles == [n_layers] * 2
-            and len({tensor.dtype.name for tensor in tensors}) == 1
-            and tensors[0].dtype.name in exact.FORMATS
-            and all(not each.rotation and each.n_channels == width for each in tensors)
+            and all(tensor.n_channels == width for tensor in tensors)
         )
+
+    @staticmethod
+    def takes_types(tensors: Sequence[TensorSpec]) -> bool:
+        """Are all tensors of one type that is coded?"""
+        types = {tensor.dtype.name for tensor in tensors}
+        turned = any(tensor.rotation for tensor in tensors)
+        return len(types) == 1 and types <= set(exact.FORMATS) and not turned
 
     def encode(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext

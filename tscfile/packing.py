@@ -26,6 +26,7 @@ from .container.records import (
 from .container.writer import ContainerWriter, EncodedChunk
 from .entropy import zstd
 from .errors import MismatchError, TscError, UsageError
+from .exact_coding import ExactCoder, needs_book
 from .identity import compare
 from .lossy_coding import (
     BookCoder,
@@ -179,10 +180,10 @@ def _coder(
     target: Target,
     archive: Archive | None = None,
     parent: SnapshotRecord | None = None,
-) -> LossyCoder | None:
-    """What a lossy tier codes with: the book given, that of the ``parent`` in ``archive``, or what
-    the snapshot itself teaches."""
-    if tier.exact:
+) -> LossyCoder | ExactCoder | None:
+    """What a tier codes with: the book given, that of the ``parent`` in ``archive``, or, if it is
+    lossy, what the snapshot itself teaches."""
+    if tier.exact and book is None and (parent is None or parent.tier != tier.name):
         return None
     if book is not None:
         from .book_codec import BookCodec
@@ -191,12 +192,16 @@ def _coder(
         codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
     elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
+    elif tier.exact:
+        return None
     else:
         if target != Target():
             raise UsageError("a target KL or ratio needs a book: give it with --book")
         if not tier.tolerance:
             raise UsageError(f"tier {tier.name} needs a book: give it with --book")
         return SessionCoder(tier, archive, parent)
+    if tier.exact:
+        return ExactCoder.of(codec, snapshot.tracks)
     if tier is not CUSTOM:
         log_step = codec.book.tier(tier.name).log_step
     elif target.kl is not None:
@@ -237,7 +242,7 @@ def identify(
 
 def _plan(
     archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int,
-    coder: LossyCoder | None,
+    coder: LossyCoder | ExactCoder | None,
 ) -> _Planned:  # fmt: skip
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
@@ -278,7 +283,7 @@ def _plan_one(
     old_tracks: dict[tuple[int, int], ArchivedTrack],
     track: Track,
     snapshot: Snapshot,
-    coder: LossyCoder | None,
+    coder: LossyCoder | ExactCoder | None,
 ) -> temporal.TrackPlan:
     old = old_tracks.get((track.cache, track.stream))
     if old is None or [_layout(t) for t in old.tensors] != [_layout(t) for t in track.tensors]:
@@ -290,9 +295,13 @@ def _plan_one(
         return temporal.store_all(len(track.cells))
 
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
-        if is_exact(archive.block(run)):
+        block = archive.block(run)
+        if is_exact(block):
+            if needs_book(block) and (coder is None or coder.facts.get("book") != old.codec().id):
+                # What the snapshot names must decode all its frames.
+                return np.zeros(stop - start, bool)
             return _same_rows(archive, old, track, start, stop, run)
-        if coder is None:
+        if coder is None or isinstance(coder, ExactCoder):
             # A lossless save takes nothing from a lossy one.
             return np.zeros(stop - start, bool)
         return coder.near(old, snapshot, track, start, stop, run, archive)
@@ -316,7 +325,7 @@ def _same_rows(
         return np.ones(run.count, bool)
     equal = np.ones(run.count, bool)
     for chunk in block.chunks:
-        for i, rows in enumerate(archive.decode(run.block, chunk, old.tensors), chunk.first_tensor):
+        for i, rows in enumerate(old.exact_rows(run.block, chunk), chunk.first_tensor):
             part = rows[run.first : run.first + run.count]
             equal &= (part == new_rows[i]).all(axis=1)
     return equal
@@ -330,7 +339,7 @@ def _store(
     snapshot: Snapshot,
     planned: _Planned,
     tier: Tier,
-    coder: LossyCoder | None,
+    coder: LossyCoder | ExactCoder | None,
     name: str,
     archive: Archive | None,
     progress: Progress | None,
@@ -375,10 +384,13 @@ def _store_frames(
     track: Track,
     plan: temporal.TrackPlan,
     tier: Tier,
-    coder: LossyCoder | None,
+    coder: LossyCoder | ExactCoder | None,
     progress: Progress | None,
 ) -> None:
-    n_frames = blocks.block_frames(track.tensors, lossy=coder is not None)
+    encode_whole = coder.begin(snapshot, track) if isinstance(coder, ExactCoder) else None
+    lossy_coder = None if isinstance(coder, ExactCoder) else coder
+    one_chunk = encode_whole is not None or lossy_coder is not None
+    n_frames = blocks.block_frames(track.tensors, lossy=one_chunk)
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
@@ -391,9 +403,13 @@ def _store_frames(
             pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, tier.codec)
             for a, b in chunk_ranges
         ]
+        if encode_whole is not None:
+            whole = encode_whole(span, rows)
+            if len(whole.body) < sum(len(chunk.body) for chunk in chunks):
+                chunks = [whole]
         return blocks.content_id(rows), chunks
 
-    encode_frames = coder.begin(writer, snapshot, track, ranges) if coder else None
+    encode_frames = lossy_coder.begin(writer, snapshot, track, ranges) if lossy_coder else None
 
     def encode_lossy(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
         assert encode_frames is not None

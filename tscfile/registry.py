@@ -14,6 +14,9 @@ BOOK_EXACT = 5
 LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM})
 """Codecs that do not give back the very rows."""
 
+WHOLE = LOSSY | {BOOK_EXACT}
+"""Codecs whose chunk holds all tensors of its block."""
+
 CODEC_NAMES = {
     RAW: "raw",
     FIELDS_CLASSED_RANS: "fields+classed-rans",
