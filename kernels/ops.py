@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import exact
+from .exact import ExactGroup, Format
+
 PROBABILITY_BITS = 12
 """Frequencies of a class sum to ``1 << PROBABILITY_BITS``."""
 
@@ -55,8 +58,21 @@ class TokenTables(NamedTuple):
     total2: NDArray[np.int64]
 
 
+class ExactEvents(NamedTuple):
+    """Up to three events a value, ``[b, n, 3]``: ``starts`` and ``sizes`` uint32, of a whole of
+    ``1 << bits`` (uint8; 0 for no event). ``regressors``: int64 ``[b, n]``; ``tables``,
+    ``symbols``: uint8 ``[b, n]``, what the first event was coded with and as."""
+
+    starts: NDArray[np.uint32]
+    sizes: NDArray[np.uint32]
+    bits: NDArray[np.uint8]
+    regressors: NDArray[np.int64]
+    tables: NDArray[np.uint8]
+    symbols: NDArray[np.uint8]
+
+
 def backend(name: str, module: str) -> ModuleType:
-    """A ``module`` ("rans", "bits", "symbols", "token_ids", "centroids") of a backend.
+    """A ``module`` ("rans", "bits", "symbols", "token_ids", "centroids", "exact") of a backend.
 
     `ValueError` for a backend that is not known.
     """
@@ -376,6 +392,103 @@ def gather_centroids(
     return values
 
 
+def exact_events(
+    group: ExactGroup,
+    base: NDArray[np.int64],
+    angles: tuple[NDArray[np.int64], NDArray[np.int64]],
+    means: NDArray[np.int64],
+    patterns: NDArray[np.uint16],
+    form: Format,
+    cumulative: NDArray[np.uint32],
+    on: str = "cpu",
+) -> ExactEvents:
+    """What the coder of exact values codes for ``b`` channels of ``n`` frames.
+
+    ``base``: int64 ``[b, n]``, what channels before the group predict, in magnitude below
+    ``1 << 52``; ``angles``: cosines and sines int64 ``[n_pairs, n]``, in magnitude at most
+    ``1 << exact.ANGLE_BITS``; ``means``: int64 ``[n]``, the running mean of each frame's errors,
+    which is left as it is behind the group; ``patterns``: uint16 ``[b, n]``; ``cumulative``: uint32
+    ``[256, exact.N_SYMBOLS + 1]``, sums of frequencies, all positive. What ``group`` holds is for
+    those who make it to see to. ``spec/codecs/book-exact.md`` gives every step.
+    """
+    _check_exact(group, base, angles, means, cumulative)
+    _check(patterns, np.uint16, 2, "patterns")
+    if patterns.shape != base.shape:
+        raise ValueError("patterns and base are of two shapes")
+    return ExactEvents(
+        *backend(on, "exact").exact_events(group, base, angles, means, patterns, form, cumulative)
+    )
+
+
+def exact_encode(
+    starts: NDArray[np.uint32],
+    sizes: NDArray[np.uint32],
+    bits: NDArray[np.uint8],
+    lanes: int,
+    on: str = "cpu",
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Code the events of `ExactEvents`, all ``[n_channels, n_frames, 3]``: 32-bit words, lane after
+    lane, and how many each lane has. Frame ``t`` belongs to lane ``t % lanes``; a lane starts with
+    its final state, high word first. `ValueError` for other than 1 to `LANES` lanes.
+    """
+    for array, dtype, name in ((starts, np.uint32, "starts"), (sizes, np.uint32, "sizes"),
+                               (bits, np.uint8, "bits")):  # fmt: skip
+        _check(array, dtype, 3, name)
+    if not starts.shape == sizes.shape == bits.shape or bits.shape[2] != 3:
+        raise ValueError("events do not have one shape")
+    if not 1 <= lanes <= LANES:
+        raise ValueError(f"{lanes} lanes are not between 1 and {LANES}")
+    words, lengths = backend(on, "exact").exact_encode(starts, sizes, bits, lanes)
+    return words, lengths
+
+
+class ExactDecoder:
+    """The coder of exact values read backwards: `decode` gives group after group.
+
+    ``words``: uint32, ``lengths``: uint32 ``[lanes]``, as `exact_encode` made them. Any words are
+    safe to decode.
+    """
+
+    def __init__(
+        self, words: NDArray[np.uint32], lengths: NDArray[np.uint32],
+        cumulative: NDArray[np.uint32], on: str = "cpu",
+    ) -> None:  # fmt: skip
+        """`ValueError` if there are not 1 to `LANES` lanes of two words or more."""
+        _check(words, np.uint32, 1, "words")
+        _check(lengths, np.uint32, 1, "lengths")
+        if not 1 <= len(lengths) <= LANES or int(lengths.min()) < 2:
+            raise ValueError("a lane has a state of two words")
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        if int(self._ends[-1]) != len(words):
+            raise ValueError("lengths do not add up to the words")
+        first = self._ends - lengths
+        self._states = words[first].astype(np.uint64) << np.uint64(32) | words[first + 1]
+        self._cursors = first + 2
+        self._words, self._cumulative, self._on = words, cumulative, on
+        self._genuine = bool((self._states >= 1 << exact.STATE_BITS).all()) and bool(
+            (self._states < 1 << (exact.STATE_BITS + 32)).all()
+        )
+        self._lookup = backend(on, "exact").exact_lookup(cumulative)
+
+    def decode(
+        self, group: ExactGroup, base: NDArray[np.int64],
+        angles: tuple[NDArray[np.int64], NDArray[np.int64]], means: NDArray[np.int64], form: Format,
+    ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:  # fmt: skip
+        """Patterns uint16 and regressors int64 of the next group, both ``[b, n]``."""
+        _check_exact(group, base, angles, means, self._cumulative)
+        patterns, regressors, genuine = backend(self._on, "exact").exact_decode(
+            group, base, angles, means, form, self._cumulative, self._lookup, self._words,
+            self._states, self._cursors, self._ends,
+        )  # fmt: skip
+        self._genuine &= genuine
+        return patterns, regressors
+
+    def ended(self) -> bool:
+        """Did all lanes end where and as a genuine stream ends?"""
+        at_start = bool((self._states == 1 << exact.STATE_BITS).all())
+        return self._genuine and at_start and bool((self._cursors == self._ends).all())
+
+
 def _check_model(
     tables: TokenTables, weights: NDArray[np.int32], match: NDArray[np.int32]
 ) -> None:
@@ -407,6 +520,30 @@ def _check_tokens(
     _check(leaves, np.int32, 1, "leaves")
     if len(ids) != len(leaves) or not 0 <= n_context <= len(leaves):
         raise ValueError("ids and leaves must be alike in length, and the context within them")
+
+
+def _check_exact(
+    group: ExactGroup, base: NDArray[np.int64],
+    angles: tuple[NDArray[np.int64], NDArray[np.int64]], means: NDArray[np.int64],
+    cumulative: NDArray[np.uint32],
+) -> None:  # fmt: skip
+    _check(base, np.int64, 2, "base")
+    n_channels, n_frames = base.shape
+    for name, array in zip(group._fields, group, strict=True):
+        _check(array, np.int64, 2 if name == "weights" else 1, name)
+        if array.shape != (n_channels,) * array.ndim:
+            raise ValueError(f"{name} are not those of {n_channels} channels")
+    _check(means, np.int64, 1, "means")
+    for array in angles:
+        _check(array, np.int64, 2, "angles")
+    if len(means) != n_frames or any(array.shape[1] != n_frames for array in angles):
+        raise ValueError(f"means or angles are not those of {n_frames} frames")
+    turned = group.pairs[group.pairs >= 0]
+    if (np.bincount(turned, minlength=1) % 2).any() or turned.max(initial=-1) >= len(angles[0]):
+        raise ValueError("pairs do not come in twos or have no angles")
+    _check(cumulative, np.uint32, 2, "cumulative")
+    if cumulative.shape != (exact.N_RATIOS * exact.N_PLACES, exact.N_SYMBOLS + 1):
+        raise ValueError("cumulative does not hold the frequencies of all tables")
 
 
 def _check(array: NDArray[np.generic], dtype: type, ndim: int, name: str) -> None:

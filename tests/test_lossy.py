@@ -11,7 +11,8 @@ import pytest
 from conftest import REGENERATED, SAMPLES, SESSION, SESSION_BF16, TURNS
 
 import tscfile
-from tscfile.archive import Archive, is_exact
+from tscfile.archive import Archive
+from tscfile.archived_track import is_exact
 from tscfile.books.book import Book, load
 from tscfile.books.learn import learn
 from tscfile.books.measure import TARGETS

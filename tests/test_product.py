@@ -15,7 +15,8 @@ from tscfile_cli.main import tsc
 
 import tscfile
 from tscfile import registry
-from tscfile.archive import Archive, ArchivedTrack
+from tscfile.archive import Archive
+from tscfile.archived_track import ArchivedTrack
 from tscfile.books import product as book_product
 from tscfile.books.book import Book, load
 from tscfile.books.product import RATES, learn_product, read_product

@@ -14,7 +14,8 @@ from conftest import REGENERATED, ROOT, SAMPLES, TURNS, make_snapshot, same_stat
 from tscfile_cli.main import main
 
 import tscfile
-from tscfile.archive import Archive, is_absent
+from tscfile.archive import Archive
+from tscfile.archived_track import is_absent
 from tscfile.container.records import BlockEntry
 from tscfile.errors import DamagedError, MismatchError, TscError, UnsupportedError, UsageError
 from tscfile.identity import identity_from_gguf
@@ -315,9 +316,9 @@ def test_a_block_without_chunks_that_names_rows(
 
 def test_absent_frames_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that was never to be taken: `verify` finds it out."""
-    from tscfile import packing
+    from tscfile import coding
 
-    monkeypatch.setattr(packing, "check_recomputable", lambda snapshot: None)
+    monkeypatch.setattr(coding, "check_recomputable", lambda snapshot: None)
     for n, spoil in enumerate((_few_tokens, _media)):
         snapshot = make_snapshot(6, **MADE)
         spoil(snapshot)

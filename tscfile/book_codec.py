@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,7 @@ from .transforms.rope import HALVES, NEIGHBOURS
 
 if TYPE_CHECKING:
     from .entropy.token_ids import TokenCoder
+    from .exact_codec import ExactCodec
 
 Rows = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -105,6 +107,30 @@ class BookCodec:
     @property
     def token_coder(self) -> TokenCoder | None:
         return self._opened.token_coder
+
+    @cached_property
+    def exact(self) -> ExactCodec | None:
+        """What codes exactly with this book; None for one without tables for that. `DamagedError`
+        for tables that are none."""
+        from .exact_codec import ExactCodec
+        from .exact_tables import PREFIX, ExactTables
+
+        book = self.book
+        if not any(name.startswith(PREFIX) for name in book.arrays):
+            return None
+        tables = ExactTables(
+            book.arrays, book.exact_order, book.token_vectors, book.token_scales,
+            f"book {self.id[:16]}",
+        )  # fmt: skip
+        return ExactCodec(tables, book.inv_freq, self.pairing)
+
+    def decode_exact(
+        self, payload: memoryview, tensors: Sequence[TensorSpec], where: str
+    ) -> list[Rows]:
+        """All rows of a chunk that is coded exactly."""
+        if self.exact is None:
+            raise DamagedError(f"{where}: its book has no tables for exact coding; damaged")
+        return self.exact.decode(payload, tensors, where)
 
     @property
     def head_dim(self) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, files, pipeline, registry, temporal, tokens
-from .archive import Archive, ArchivedTrack, is_absent
+from . import blocks, files, registry, temporal, tokens
+from .archive import Archive
+from .archived_track import ArchivedTrack, is_absent
 from .container.records import (
     BASIS,
     BOOK,
@@ -28,6 +29,7 @@ from .container.records import (
 )
 from .container.writer import ContainerWriter, EncodedChunk
 from .errors import DamagedError, UsageError
+from .exact_coding import encode_exact
 from .locking import locked
 from .model import BLOCK_FRAMES
 from .rewriting import Copier
@@ -210,13 +212,13 @@ class _Compactor:
         codecs = tuple(
             tuple(sorted({chunk.codec for chunk in entry.layer(n)})) for n in range(entry.n_layers)
         )
-        joinable = {registry.RAW, registry.FIELDS_CLASSED_RANS, *registry.OF_BOOK}
+        exact = {registry.RAW, registry.FIELDS_CLASSED_RANS, registry.BOOK_EXACT}
+        joinable = exact | registry.BOOK_LOSSY
         if is_absent(entry) or any(codec not in joinable for each in codecs for codec in each):
             return None
         whole = (run.first, run.count) == (0, entry.n_frames)
         if whole and entry.n_frames >= BLOCK_FRAMES:
             return None
-        exact = {registry.RAW, registry.FIELDS_CLASSED_RANS}
         return tuple("exact" if set(each) <= exact else each for each in codecs)
 
     def _store(
@@ -269,11 +271,13 @@ class _Compactor:
             chunks = track.codec().join(parts, track.tensors, where)
         if n_lossy == like.n_layers:
             return blocks.opaque_id(*(c.header.write() + c.body for c in chunks)), chunks
-        rows, codec = track.read(start, stop), registry.FIELDS_CLASSED_RANS
-        chunks += [
-            pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, codec, n_lossy)
-            for a, b in blocks.chunk_ranges(track.tensors)
-        ]
+        rows, whole = track.read(start, stop), None
+        entries = [self._archive.block(run) for run in runs]
+        if any(chunk.codec == registry.BOOK_EXACT for entry in entries for chunk in entry.chunks):
+            coder = track.codec().exact
+            assert coder is not None
+            whole = coder.encode(rows, track.tensors, track.context(start, stop))
+        chunks += encode_exact(rows, track.tensors, whole, n_lossy)
         return blocks.content_id(rows), chunks
 
     def _advance(self, track: ArchivedTrack, n_frames: int) -> None:

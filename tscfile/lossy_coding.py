@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, registry, tokens
-from .archive import Archive, ArchivedTrack
+from .archive import Archive
+from .archived_track import ArchivedTrack
 from .container.records import FrameRun, SnapshotRecord, common_prefix
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
@@ -128,7 +129,7 @@ class BookCoder:
         run: FrameRun, archive: Archive,
     ) -> NDArray[np.bool_]:  # fmt: skip
         (chunk,) = archive.block(run).layer(-1)
-        if chunk.codec not in registry.OF_BOOK or not self._codec.reads(old.codec()):
+        if chunk.codec not in registry.BOOK_LOSSY or not self._codec.reads(old.codec()):
             # Every save has one book.
             return np.zeros(stop - start, bool)
         where, payloads = old.lossy_payloads(run.block, chunk)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import registry
-from .archive import Archive, ArchivedTrack
+from .archive import Archive
+from .archived_track import ArchivedTrack
 from .container.records import FrameRun, SnapshotRecord, common_prefix
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .archive import Archive, ArchivedTrack, is_absent
+from .archive import Archive
+from .archived_track import ArchivedTrack, is_absent
 from .container.records import FrameRun, common_prefix
 from .container.writer import ContainerWriter, EncodedChunk
 from .errors import UnsupportedError, UsageError

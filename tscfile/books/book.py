@@ -35,6 +35,7 @@ from ..container.records import read_metadata, write_metadata
 from ..context import FrameContext
 from ..entropy import ladder, zstd
 from ..errors import DamagedError, TscError, UnsupportedError, UsageError
+from ..transforms.exact_frames import ExactOrder
 from ..transforms.grouped_basis import GroupedBasis, LayerGroups
 from ..transforms.prediction import N_POSITION, Features, Network
 from ..transforms.rope import HALVES, Rope
@@ -138,6 +139,12 @@ class Book:
     def prediction(self) -> GroupedBasis:
         rows = self._scaled("prediction", "prediction_scales", axis=0)
         return GroupedBasis(self.groups, rows, self.facts["book.group_predictions"])
+
+    @property
+    def exact_order(self) -> ExactOrder:
+        """The order in which exact coding takes the channels."""
+        groups, head_dim = self.groups, int(self.facts["book.head_dim"])
+        return ExactOrder(groups.n_layers, groups.width, head_dim, len(self.arrays["inv_freq"]))
 
     def _scaled(self, name: str, scales: str, axis: int = 1) -> Floats:
         """An array of 8-bit integers times its scales, one for each index of ``axis``."""

@@ -6,7 +6,8 @@
 3. *Basis*: eigenvectors, in the metric, of what the prediction leaves, for each group of layers.
 4. *Distributions* of quantized coefficients at several steps, pooled by class (`ladder`), and of
    token ids (`entropy.token_ids`); codebooks of coefficients (`product`).
-5. *Tiers*: the step that meets each quality target, found by the continuation protocol on
+5. *Exact coding*: how channels predict each other (`exact`).
+6. *Tiers*: the step that meets each quality target, found by the continuation protocol on
    documents that all this did not see (`measure`).
 
 Every step is a sum over windows of text, kept on disk as it grows (`checkpoint`).
@@ -42,6 +43,7 @@ from .basis import (
 )
 from .book import Book
 from .checkpoint import Checkpoint, State
+from .exact import learn_exact
 from .measure import measure_tiers
 from .metric import Metric
 from .network import Sample, fit_network
@@ -137,6 +139,7 @@ def train(
     book.arrays |= learn_product(book, source, progress, seed=options.seed)
     progress("token ids")
     book.arrays |= token_ids.learn(documents, len(book.arrays["token_vectors"]))
+    book.arrays |= learn_exact(book, source, checkpoint, progress)
     book.tiers = measure_tiers(
         engine, book, held_back, n_windows=options.n_measured, frames=options.fisher_frames,
         progress=progress,
