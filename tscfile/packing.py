@@ -191,6 +191,9 @@ def _coder(
     the snapshot itself teaches."""
     if tier.exact:
         return None
+    product = target.product
+    if product is None and tier is CUSTOM and parent is not None:
+        product = ProductOptions.of(parent.coding)
     if book is not None:
         from .book_codec import BookCodec
         from .books.book import load
@@ -199,9 +202,6 @@ def _coder(
     elif archive is not None and parent is not None and "book" in parent.coding:
         codec = archive.book_codec(parent)
     else:
-        product = target.product
-        if product is None and tier is CUSTOM and parent is not None:
-            product = ProductOptions.of(parent.coding)
         if product is not None:
             return SessionProductCoder(product, archive, parent)
         if target != Target():
@@ -209,9 +209,6 @@ def _coder(
         if not tier.tolerance:
             raise UsageError(f"tier {tier.name} needs a book: give it with --book")
         return SessionCoder(tier, archive, parent)
-    product = target.product
-    if product is None and tier is CUSTOM and parent is not None:
-        product = ProductOptions.of(parent.coding)
     if product is not None:
         return BookProductCoder(codec, product, f"book {codec.id[:16]}")
     if tier is not CUSTOM:
