@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tscfile.books.book import Book, load
+from tscfile.books.product import read_product
 from tscfile.books.train import _FrameSource, _windows, check_shape, split_texts
 from tscfile.quality.engine import Engine
 from tscfile.quality.windows import read_text
@@ -196,10 +197,21 @@ def main() -> None:
         parts = errors.astype(np.float64).reshape(len(errors), len(metric), -1)
         return np.einsum("ntw,twv,ntv->n", parts, metric, parts, optimize=True)
 
+    _print_entropy(book, sets[1], str(options.book))
     base = float(cost(sets[1].plain - sets[0].plain.mean(axis=0)).mean())
     print(f"{'step':<32}{'bytes':>8}{'error':>9}{'worst 1%':>10}{'worst':>8}")
     for name, n_bytes, errors in steps(*sets, book, options.bytes, options.threshold):
         _print(name, n_bytes, cost(errors), base)
+
+
+def _print_entropy(book: Book, tested: Frames, where: str) -> None:
+    """How much shorter an entropy coder would make the codes of the book's own stages."""
+    codes = read_product(book, where)
+    vectors = book.analyse(tested.plain - tested.predicted, codes.counts)
+    stored = codes.quantizer.encode_counts(vectors, np.full(len(vectors), 16)).reshape(-1, 16)
+    shares = [np.bincount(column, minlength=CENTROIDS) / len(column) for column in stored.T]
+    bits = [-(share[share > 0] * np.log2(share[share > 0])).sum() for share in shares]
+    print(f"entropy of codes, first 16 stages: {np.mean(bits):.3f} of 8 bits")
 
 
 def _print(name: str, n_bytes: float, costs: NDArray[np.float64], base: float) -> None:

@@ -84,7 +84,8 @@ class Book:
     i1 [P, c] with ``prediction_scales`` f4 [P] · ``basis`` i1 [R, c] with ``basis_scales`` f4 [R] ·
     ``metric`` f2 [N, w, w], block-diagonal, tensor after tensor · ``log_sigmas`` i2 [R], 1/256
     octaves, falling in each group · ``frequencies`` u2 [K, S] · ``inv_freq`` f4, half the rotated
-    channels of a head · ``ids_*``: tables of `entropy.token_ids`. Others are ignored.
+    channels of a head · ``ids_*``: tables of `entropy.token_ids` · ``product_*``:
+    codebooks of `books.product`. Others are ignored.
     """
 
     facts: dict[str, Any]
