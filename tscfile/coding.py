@@ -67,7 +67,7 @@ def choose(
     if lossy and lossy[0].codec is None:
         check_recomputable(snapshot)
     inherits = parent is not None and "book" in parent.coding
-    if not lossy and book is None:
+    if not lossy:
         # An exact save has no need of the book of a lossy one.
         inherits = inherits and parent is not None and parent.tier == tiers[-1].name
     codec: BookCodec | None = None
