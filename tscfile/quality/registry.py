@@ -1,7 +1,8 @@
 """Codecs by name: tiers of tscfile, and the peers they are measured against.
 
 A list of names may hold the names of groups: ``peers`` is all of them, ``kvtc``, ``kivi``, … those
-whose names begin so.
+whose names begin so. ``delta`` is token-position delta, by itself (`page_delta`) and before the
+coder of the tiers (`book_delta`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from .calibration import Calibration
 from .codec import Codec, TierCodec
 
 PEERS = "peers"
+DELTA = "delta-"
+"""How names of token-position deltas begin, which are no peers."""
+
 NO_BOOK = "-nobook"
 """Behind the name of a tier: without the book that is given for the others."""
 
@@ -58,9 +62,33 @@ def learnt_peers() -> dict[str, Callable[[Calibration], Codec]]:
     return makers | {f"pca-{step:g}": _pca(step) for step in pca.STEPS}
 
 
+def deltas() -> dict[str, Callable[[Calibration | None, Path | None], Codec]]:
+    """How to make the token-position deltas, by name."""
+    from . import book_delta, page_delta
+
+    literal = {name: _given(codec) for name, codec in page_delta.codecs().items()}
+    return literal | {name: _book_delta(name) for name in book_delta.settings()}
+
+
+def _given(codec: Codec) -> Callable[[Calibration | None, Path | None], Codec]:
+    return lambda calibration, book: codec
+
+
+def _book_delta(name: str) -> Callable[[Calibration | None, Path | None], Codec]:
+    from .book_delta import BookDelta, settings
+
+    def make(calibration: Calibration | None, book: Path | None) -> Codec:
+        if book is None or calibration is None:
+            raise UsageError(f"{name} needs a book and calibration text: --book, --calibration")
+        tier, every, plain = settings()[name]
+        return BookDelta(tier, book, calibration, every, plain)
+
+    return make
+
+
 def names() -> list[str]:
     """All names, tiers first."""
-    return [*TIERS, *_without_book(), *fixed_peers(), *learnt_peers()]
+    return [*TIERS, *_without_book(), *fixed_peers(), *learnt_peers(), *deltas()]
 
 
 def _without_book() -> dict[str, str]:
@@ -85,7 +113,7 @@ def make_codecs(
     none.
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
-    fixed, learnt = fixed_peers(), learnt_peers()
+    fixed, learnt, delta = fixed_peers(), learnt_peers(), deltas()
     codecs = []
     for name in chosen:
         if name in TIERS:
@@ -94,6 +122,8 @@ def make_codecs(
             codecs.append(TierCodec(_without_book()[name], name=name))
         elif name in fixed:
             codecs.append(fixed[name])
+        elif name in delta:
+            codecs.append(delta[name](calibration, book))
         elif calibration is None:
             raise UsageError(f"{name} learns from calibration text; give one with --calibration")
         else:
@@ -109,7 +139,7 @@ def _expand(name: str) -> Iterator[str]:
     found = [
         each for each in known
         if each not in TIERS and each not in _without_book()
-        and (name == PEERS or each.startswith(f"{name}-"))
+        and (each.startswith(f"{name}-") or (name == PEERS and not each.startswith(DELTA)))
     ]  # fmt: skip
     if not found:
         raise UsageError(f"codec {name!r} is unknown; known are {', '.join(known)} and {PEERS}")
