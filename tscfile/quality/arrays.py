@@ -51,11 +51,16 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class KVArrays:
-    """Keys (after RoPE) and values of every layer, float16 ``[n_kv_heads, n_tokens, head_dim]``."""
+    """Keys (after RoPE) and values of every layer, float16 ``[n_kv_heads, n_tokens, head_dim]``.
+
+    ``kept``: of each layer the frames that are still there, bool ``[n_tokens]``; None for all.
+    Attention does not see the others, whatever stands in their place.
+    """
 
     shape: CacheShape
     keys: Sequence[NDArray[np.float16]]
     values: Sequence[NDArray[np.float16]]
+    kept: Sequence[NDArray[np.bool_]] | None = None
 
     @property
     def raw_bytes(self) -> int:
@@ -66,8 +71,9 @@ class KVArrays:
         """The first ``n_tokens`` frames."""
         shape = replace(self.shape, tokens=self.shape.tokens[:n_tokens])
         return KVArrays(
-            shape, [k[:, :n_tokens] for k in self.keys], [v[:, :n_tokens] for v in self.values]
-        )
+            shape, [k[:, :n_tokens] for k in self.keys], [v[:, :n_tokens] for v in self.values],
+            self.kept and [each[:n_tokens] for each in self.kept],
+        )  # fmt: skip
 
     def roles(self) -> list[tuple[str, Sequence[NDArray[np.float16]]]]:
         """``("k", keys)`` and ``("v", values)``."""

@@ -43,7 +43,7 @@ class PageDelta(PerArrayCodec):
         cache = super().decode(data, shape)
         return _turn(cache, back=False) if self._turned_back else cache
 
-    def _quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
+    def quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
         frames = arrays.rows(x)
         keyframes = frames[:: self._every].astype(self._dtype)
         left = (frames - self._repeated(keyframes, len(frames)))[self._is_delta(len(frames))]
@@ -51,9 +51,9 @@ class PageDelta(PerArrayCodec):
         scales, codes = pages.quantize(left.reshape(-1, size), bits)
         return [keyframes, scales, packing.pack(codes, bits)]
 
-    def _take(self, taker: ByteTaker, role: str, *shape: int) -> NDArray[np.float16]:
+    def take(self, taker: ByteTaker, role: str, *shape: int) -> NDArray[np.float16]:
         n_heads, n, dim = shape
-        width, bits = n_heads * dim, self._bits[role]
+        width, bits = n_heads * dim, self.bits[role]
         size = pages.page_size(width)
         keyframes = taker.take(self._dtype, -(-n // self._every), width)
         deltas = self._is_delta(n)

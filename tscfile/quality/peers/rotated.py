@@ -36,7 +36,7 @@ class RotatedUniform(PerArrayCodec):
         self._turn, self._group = group if turned else 0, group
         super().__init__({"k": key_bits, "v": value_bits})
 
-    def _quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
+    def quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
         if x.shape[-1] % self._group:
             raise UnsupportedError(
                 f"{self.name} needs heads of a multiple of {self._group} and this model has "
@@ -45,8 +45,8 @@ class RotatedUniform(PerArrayCodec):
         scales, codes = pages.quantize(rotate(x.reshape(-1, self._group), self._turn), bits)
         return [scales, packing.pack(codes, bits)]
 
-    def _take(self, taker: ByteTaker, role: str, *shape: int) -> NDArray[np.float16]:
-        bits, n_groups = self._bits[role], int(np.prod(shape)) // self._group
+    def take(self, taker: ByteTaker, role: str, *shape: int) -> NDArray[np.float16]:
+        bits, n_groups = self.bits[role], int(np.prod(shape)) // self._group
         scales = taker.take("<f2", n_groups)
         codes = packing.take(taker, bits, n_groups, self._group)
         groups = pages.dequantize(scales, codes, bits)
