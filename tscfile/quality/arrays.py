@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -78,6 +78,21 @@ class KVArrays:
     def roles(self) -> list[tuple[str, Sequence[NDArray[np.float16]]]]:
         """``("k", keys)`` and ``("v", values)``."""
         return [("k", self.keys), ("v", self.values)]
+
+
+Heads = NDArray[np.float16]
+
+
+def from_layers(
+    shape: CacheShape, make: Callable[[str, int, int, int], Heads],
+    kept: Sequence[NDArray[np.bool_]] | None = None,
+) -> KVArrays:  # fmt: skip
+    """A cache of what ``make`` gives for a role, the number of a layer, its heads and their size,
+    float16 ``[n_kv_heads, n_tokens, head_dim]``: keys of all layers first."""
+    layers = list(enumerate(shape.layers))
+    keys = [make("k", i, one.n_kv_heads, one.key_dim) for i, one in layers]
+    values = [make("v", i, one.n_kv_heads, one.value_dim) for i, one in layers]
+    return KVArrays(shape, keys, values, kept)
 
 
 def rows(heads: NDArray[np.floating]) -> NDArray[np.floating]:

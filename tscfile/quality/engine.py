@@ -203,10 +203,11 @@ class Engine:
         ) -> Any:
             n = query.shape[2]
             causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+            scaling = options.get("scaling") or query.shape[3] ** -0.5
             total = np.zeros(n)
             for head in range(query.shape[1]):
                 keys = key[0, head * key.shape[1] // query.shape[1]].float()
-                scores = query[0, head].float() @ keys.T * module.scaling
+                scores = query[0, head].float() @ keys.T * scaling
                 chances = torch.softmax(scores.masked_fill(~causal, -torch.inf), -1)
                 total += chances.double().sum(0).cpu().numpy()
             found[module.layer_idx] = total

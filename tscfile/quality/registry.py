@@ -114,7 +114,7 @@ def make_codecs(
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
     fixed, learnt, delta = fixed_peers(), learnt_peers(), deltas()
-    codecs = []
+    codecs: list[Codec] = []
     for name in chosen:
         if name in TIERS:
             codecs.append(TierCodec(name, None if TIERS[name].exact else book))

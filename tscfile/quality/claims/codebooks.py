@@ -20,10 +20,11 @@ BLOCKS = (8, 4, 2, 1)
 PRODUCTS = ((2, 2), (8, 2))
 """Block and parts: 8 and 2 bits a value."""
 
-THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
-"""Root mean square error over a block, in units of its head, above which it stays in fp16."""
+THRESHOLDS = {8: (0.4, 0.6, 0.8), 2: (0.05, 0.1, 0.2, 0.4)}
+"""Of each block, root mean square errors over it, in units of its head, above which it stays in
+fp16."""
 
-_FALLBACK_BLOCKS = (8, 2)
+_STEP_THRESHOLD = 0.8
 _FIRST, _EVERY = 64, 64
 CAUSE = 0.5
 """Part of the naive KL below which normalising must bring it to be the cause of it."""
@@ -35,7 +36,7 @@ def _codecs(lab: Lab) -> Sequence[Codec]:
         *(VectorQuantizer(b, parts=parts, normalised=True) for b, parts in PRODUCTS),
         *(
             VectorQuantizer(b, normalised=True, threshold=t)
-            for b in _FALLBACK_BLOCKS for t in THRESHOLDS
+            for b, thresholds in THRESHOLDS.items() for t in thresholds
         ),
     ]  # fmt: skip
 
@@ -84,7 +85,8 @@ def _naive(lab: Lab, number: str, block: int) -> list[Reading]:
 
 def _cause(lab: Lab) -> list[Reading]:
     naive, better = (lab.quality(vector_name(8, normalised=each)) for each in (False, True))
-    peaks = np.concatenate([st.head_peaks(cache) for cache in lab.caches])
+    by_cache = np.stack([st.head_peaks(cache) for cache in lab.caches])
+    peaks = by_cache.reshape(-1)
     return [
         Reading(PLAIN, f"8 values a byte: KL with heads divided by their size over KL without; "
                 f"the cause if at most {CAUSE}", better.kl / naive.kl,
@@ -93,27 +95,36 @@ def _cause(lab: Lab) -> list[Reading]:
         Reading(PLAIN, "largest value of a head, median over layers, heads, keys and values",
                 float(np.median(peaks)), None),
         Reading(PLAIN, "the same, largest head", float(peaks.max()), None),
+        *(
+            Reading(PLAIN, f"the same, median over {role}", float(np.median(part)), None)
+            for role, part in zip(("keys", "values"), np.split(by_cache, 2, axis=1), strict=True)
+        ),
     ]  # fmt: skip
 
 
 def _steps(lab: Lab) -> list[Reading]:
-    """Each step against what it is added to: the KL must fall, and at no more bits where the step
-    is not itself a matter of bits."""
-    naive, scaled = vector_name(8), vector_name(8, normalised=True)
-    mended = vector_name(8, normalised=True, threshold=THRESHOLDS[2])
-    product, plain = vector_name(8, 2, True), vector_name(4, normalised=True)
-    pairs = (
-        ("heads divided by their size, 8 values a byte", scaled, naive),
-        (f"fp16 above {THRESHOLDS[2]}, at {lab.bits(mended):.1f} bits a value instead of "
-         f"{lab.bits(scaled):.1f}", mended, scaled),
-        ("product quantization, 2 bits a value, against one codebook of the same rate", product,
-         plain),
-    )  # fmt: skip
-    return [
-        Reading(PLAIN, f"{what}: KL over KL before", lab.quality(after).kl / lab.quality(before).kl,
-                lab.quality(after).kl < lab.quality(before).kl, "", lab.quality(after))
-        for what, after, before in pairs
-    ]  # fmt: skip
+    """Each step against codebooks without it at as many bits, between those of 1, 2, 4 and 8."""
+    steps = (
+        ("heads divided by their size", vector_name(8, normalised=True), False),
+        (f"fp16 above {_STEP_THRESHOLD}", vector_name(8, 1, True, _STEP_THRESHOLD), True),
+        ("product quantization", vector_name(8, 2, True), True),
+    )
+    found = []
+    for what, name, normalised in steps:
+        share = lab.quality(name).kl / _kl_at(lab, lab.bits(name), normalised)
+        found.append(Reading(
+            PLAIN, f"{what}, at {lab.bits(name):.2f} bits a value: KL over that of plain codebooks "
+            "of as many bits", share, share < 1, "", lab.quality(name),
+        ))  # fmt: skip
+    return found
+
+
+def _kl_at(lab: Lab, bits: float, normalised: bool) -> float:
+    """KL of codebooks for blocks at a rate between theirs, on straight lines of its logarithm."""
+    names = [vector_name(block, normalised=normalised) for block in BLOCKS]
+    rates = [lab.bits(name) for name in names]
+    logs = [np.log(max(lab.quality(name).kl, 1e-12)) for name in names]
+    return float(np.exp(np.interp(bits, rates, logs)))
 
 
 def _product(lab: Lab) -> list[Reading]:
@@ -141,8 +152,8 @@ def _fallback(lab: Lab) -> list[Reading]:
     run = Run(min(_FIRST, lab.length), lab.length, _EVERY)
     factor = run.sum_of_lengths / (sum(run.whole) + run.n_rows)
     found = []
-    for block in _FALLBACK_BLOCKS:
-        for threshold in THRESHOLDS:
+    for block, thresholds in THRESHOLDS.items():
+        for threshold in thresholds:
             codec = VectorQuantizer(block, normalised=True, threshold=threshold)
             quality, ratio = lab.quality(codec.name), lab.ratio(codec.name)
             share = codec.share_exact(lab.caches[0].head(lab.frames))

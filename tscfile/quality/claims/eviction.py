@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import CacheShape, KVArrays
+from ..arrays import CacheShape, KVArrays, from_layers
 from ..codec import ByteTaker, join
 from ..peers.per_array import PerArrayCodec
 
@@ -72,7 +71,7 @@ class Evicting:
         self._inner, self._ranking, self._kept = inner, ranking, kept
         self._early, self._shared = early, shared
         kind = f"-early{early}" if early else ""
-        self.name = f"{inner.name}-keep{kept:g}{kind}{'-shared' if shared else ''}"  # type: ignore[attr-defined]
+        self.name = f"{inner.name}-keep{kept:g}{kind}{'-shared' if shared else ''}"
 
     def encode(self, cache: KVArrays) -> bytes:
         masks = self.masks(cache.shape.tokens)
@@ -90,22 +89,20 @@ class Evicting:
         for _ in shape.layers[self._early :]:
             bits = taker.take(np.uint8, -(-n // 8))
             masks.append(np.unpackbits(bits, count=n).astype(bool))
-        roles: list[list[NDArray[np.float16]]] = []
-        for role in "kv":
-            roles.append([])
-            for layer, mask in zip(shape.layers, masks, strict=True):
-                dim = layer.key_dim if role == "k" else layer.value_dim
-                whole = np.zeros((layer.n_kv_heads, n, dim), np.float16)
-                left = int(mask.sum())
-                whole[:, mask] = self._inner.take(taker, role, layer.n_kv_heads, left, dim)
-                roles[-1].append(whole)
-        return replace(KVArrays(shape, *roles), kept=masks)
+
+        def take(role: str, layer: int, n_heads: int, dim: int) -> NDArray[np.float16]:
+            whole = np.zeros((n_heads, n, dim), np.float16)
+            left = int(masks[layer].sum())
+            whole[:, masks[layer]] = self._inner.take(taker, role, n_heads, left, dim)
+            return whole
+
+        return from_layers(shape, take, masks)
 
     def masks(self, tokens: NDArray[np.int32]) -> list[Mask]:
         """Frames that each layer keeps."""
         received = self._ranking.received(tokens)
         if self._shared:
-            received = np.broadcast_to(received.mean(axis=0), received.shape)
+            received = np.tile(received.mean(axis=0), (len(received), 1))
         return kept_frames(received, self._kept, self._early)
 
 

@@ -201,12 +201,10 @@ class KeyframesOnly:
 
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
         taker, kept = ByteTaker(data), np.arange(shape.n_tokens) % self._every == 0
-        roles: list[list[NDArray[np.float16]]] = []
-        for role in "kv":
-            roles.append([])
-            for layer in shape.layers:
-                dim = layer.key_dim if role == "k" else layer.value_dim
-                whole = np.zeros((layer.n_kv_heads, shape.n_tokens, dim), np.float16)
-                whole[:, kept] = taker.take("<f4", layer.n_kv_heads, int(kept.sum()), dim)
-                roles[-1].append(whole)
-        return KVArrays(shape, *roles, kept=[kept] * len(shape.layers))
+
+        def take(role: str, layer: int, n_heads: int, dim: int) -> NDArray[np.float16]:
+            whole = np.zeros((n_heads, shape.n_tokens, dim), np.float16)
+            whole[:, kept] = taker.take("<f4", n_heads, int(kept.sum()), dim)
+            return whole
+
+        return arrays.from_layers(shape, take, [kept] * len(shape.layers))

@@ -103,13 +103,10 @@ class Lab:
     def mean_quality(self, names: Sequence[str]) -> Measured:
         """The mean over several codecs; of the 99th percentiles too."""
         found = [self.quality(name) for name in names]
-        return Measured(
-            *(
-                float(np.mean([getattr(each, key) for each in found]))
-                for key in ("kl", "kl_p99", "top1", "perplexity_delta")
-            ),
-            n_predictions=sum(each.n_predictions for each in found),
-        )
+        columns = [(q.kl, q.kl_p99, q.top1, q.perplexity_delta) for q in found]
+        kl, kl_p99, top1, perplexity_delta = np.mean(columns, axis=0).tolist()
+        n_predictions = sum(each.n_predictions for each in found)
+        return Measured(kl, kl_p99, top1, perplexity_delta, n_predictions)
 
     def remember(self, name: str, make: Callable[[], object]) -> object:
         """``make()``, computed once for each name."""

@@ -40,19 +40,17 @@ class LowRank:
 
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
         taker, n = ByteTaker(data), shape.n_tokens
-        roles: list[list[NDArray[np.float16]]] = []
-        for role in "kv":
-            roles.append([])
-            for number, layer in enumerate(shape.layers):
-                width = layer.n_kv_heads * (layer.key_dim if role == "k" else layer.value_dim)
-                if number in self._truncated:
-                    rank = min(self._rank, n, width)
-                    left, right = taker.take("<f2", n, rank), taker.take("<f2", rank, width)
-                    frames = left.astype(np.float32) @ right.astype(np.float32)
-                else:
-                    frames = taker.take("<f2", n, width)
-                roles[-1].append(arrays.heads(frames.astype(np.float16), layer.n_kv_heads))
-        return KVArrays(shape, *roles)
+
+        def take(role: str, layer: int, n_heads: int, dim: int) -> NDArray[np.float16]:
+            width = n_heads * dim
+            if layer not in self._truncated:
+                return arrays.heads(taker.take("<f2", n, width), n_heads)
+            rank = min(self._rank, n, width)
+            left, right = taker.take("<f2", n, rank), taker.take("<f2", rank, width)
+            frames = left.astype(np.float32) @ right.astype(np.float32)
+            return arrays.heads(frames, n_heads).astype(np.float16)
+
+        return arrays.from_layers(shape, take)
 
 
 def rank_of_bits(bits: float, n_tokens: int, width: int) -> int:

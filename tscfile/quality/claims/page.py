@@ -118,8 +118,8 @@ model's KV cache can be made. This page puts a measurement beside each claim. It
   is needed to have it back: scales, codebooks, masks and headers too. This is what somebody saves
   who holds a conversation.
 - **Another way to count**: whatever the report divides, or seems to divide. Most often that is the
-  bytes of *all* saves of a growing conversation, in fp32, over the bytes that store them all. Such a
-  ratio grows with the number of saves. It says nothing of one cache.
+  bytes of *all* saves of a growing conversation, in fp32, over the bytes that store them all.
+  Such a ratio grows with the number of saves. It says nothing of one cache.
 
 fp32 in place of fp16 alone doubles a ratio. Caches are fp16 when models are served.
 
@@ -131,8 +131,9 @@ fp32 in place of fp16 alone doubles a ratio. Caches are fp16 when models are ser
 - **not answerable here**: with the reason.
 
 A ratio counts as reached within 10 %, at the stated KL or a smaller one, and at the stated top-1
-agreement less half a percent. Where a claim states no quality, a KL of 0.1 is allowed, which the
-reports call defensible. Other figures have to lie within 10 %.
+agreement less half a percent. (The reports' top-1 figures are multiples of a fifth, so they seem
+to rest on five predictions each.) Where a claim states no quality, a KL of 0.1 is allowed, which
+the reports call defensible. Other figures have to lie within 10 %.
 
 KL compares next-token distributions behind the restored cache with those behind the original one,
 in nats; beside the mean stands the 99th percentile. Top-1 is the share of positions where both find

@@ -16,7 +16,7 @@ from ..windows import Text
 from . import arithmetic, bit_widths, codebooks, negatives, serving, temporal
 from .catalogue import BY_ID, CLAIMS, Claim
 from .lab import Answers, Experiment, Lab
-from .verdicts import Measured, Reading, Verdict, decide
+from .verdicts import Measured, Reading, Verdict, decide, note_of
 
 EXPERIMENTS: tuple[Experiment, ...] = tuple(
     each
@@ -95,10 +95,12 @@ def judge(
         found = each.answer(lab)
         answers |= found
         by_id |= dict.fromkeys(found, each.name)
-    rows = [
-        Row(claim, by_id.get(claim.id, ""), answers.get(claim.id, []),
-            decide(answers.get(claim.id, []), claim.why_not))
-        for claim in CLAIMS if not only or claim.id in only
-    ]  # fmt: skip
-    forgetting = lab.report.reference(frames).forgetting
-    return ClaimsReport(lab.report.conditions, Measured.of(forgetting), rows)
+    forgetting = Measured.of(lab.report.reference(frames).forgetting)
+    rows = []
+    for claim in CLAIMS:
+        if not only or claim.id in only:
+            readings = answers.get(claim.id, [])
+            note = note_of(claim.kl, forgetting.kl)
+            verdict = decide(readings, claim.why_not, note, claim.ratio)
+            rows.append(Row(claim, by_id.get(claim.id, ""), readings, verdict))
+    return ClaimsReport(lab.report.conditions, forgetting, rows)

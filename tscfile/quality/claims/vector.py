@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedError
-from ..arrays import CacheShape, KVArrays
+from ..arrays import CacheShape, KVArrays, from_layers
 from ..codec import ByteTaker, join
 
 N_CENTROIDS = 256
@@ -157,18 +157,13 @@ def _scales(cache: KVArrays, normalised: bool) -> NDArray[np.float16]:
 
 
 def _arrays(blocks: Floats, shape: CacheShape, scales: NDArray[np.float16]) -> KVArrays:
-    flat, at, head = blocks.reshape(-1), 0, 0
-    roles: list[list[NDArray[np.float16]]] = []
-    for role in "kv":
-        roles.append([])
-        for layer in shape.layers:
-            dim = layer.key_dim if role == "k" else layer.value_dim
-            size = layer.n_kv_heads * shape.n_tokens * dim
-            part = flat[at : at + size].reshape(layer.n_kv_heads, shape.n_tokens, dim)
-            own = scales[head : head + layer.n_kv_heads, None, None].astype(np.float32)
-            roles[-1].append((part * own).astype(np.float16))
-            at, head = at + size, head + layer.n_kv_heads
-    return KVArrays(shape, *roles)
+    values, sizes = ByteTaker(blocks.tobytes()), ByteTaker(scales.tobytes())
+
+    def take(role: str, layer: int, n_heads: int, dim: int) -> NDArray[np.float16]:
+        own = sizes.take("<f2", n_heads, 1, 1).astype(np.float32)
+        return (values.take("<f4", n_heads, shape.n_tokens, dim) * own).astype(np.float16)
+
+    return from_layers(shape, take)
 
 
 def _codebook(vectors: Floats) -> NDArray[np.float16]:

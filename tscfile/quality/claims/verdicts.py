@@ -76,12 +76,15 @@ class Verdict:
         return f"{self.word}: {self.detail}" if self.detail else self.word
 
 
-def decide(readings: Sequence[Reading], why_not: str = "") -> Verdict:
-    """The verdict on the readings of one claim; ``why_not``: why there may be none.
+def decide(
+    readings: Sequence[Reading], why_not: str = "", note: str = "", ratio: float = 0.0
+) -> Verdict:
+    """The verdict on the readings of one claim; ``why_not``: why there may be none; ``note``: what
+    to bear in mind with any other; ``ratio``: the stated one, to say what a refuted claim lacks.
 
     >>> good, bad = (Reading(PLAIN, "", 1.0, holds) for holds in (True, False))
     >>> print(decide([good]), "/", decide([good, bad]))
-    reproduced / refuted
+    reproduced / refuted: 1 of 2 measurements hold, and no way to count has all of its own
     >>> print(decide([bad, Reading("all saves in fp32", "", 9.0, True)]))
     depends on the baseline: all saves in fp32
     """
@@ -93,8 +96,33 @@ def decide(readings: Sequence[Reading], why_not: str = "") -> Verdict:
         basis for basis in bases if all(each.holds for each in tried if each.basis == basis)
     ]
     if PLAIN in holding:
-        return Verdict(REPRODUCED)
-    return Verdict(DEPENDS, "; ".join(holding)) if holding else Verdict(REFUTED)
+        return Verdict(REPRODUCED, note)
+    if not holding:
+        return Verdict(REFUTED, _lacking(tried, ratio))
+    return Verdict(DEPENDS, "; ".join(holding) + (f" ({note})" if note else ""))
+
+
+def _lacking(tried: Sequence[Reading], ratio: float) -> str:
+    """What is missing where nothing holds."""
+    if not ratio:
+        held = sum(bool(each.holds) for each in tried)
+        return f"{held} of {len(tried)} measurements hold, and no way to count has all of its own"
+    reached = next((each for each in tried if reaches(each.value, ratio)), None)
+    if reached is None or reached.quality is None:
+        return "no way to count gives the ratio"
+    found = reached.quality
+    return (
+        f"the ratio is reached in {reached.basis}, but not with the quality: KL {found.kl:.4f}, "
+        f"top-1 {found.top1:.4f} of {found.n_predictions} predictions"
+    )
+
+
+RATIO_ALONE = "of the ratio alone, as the stated KL is more than losing the whole cache costs here"
+
+
+def note_of(kl: float | None, forgetting: float) -> str:
+    """A stated KL above that of forgetting asks for nothing."""
+    return RATIO_ALONE if kl is not None and kl >= forgetting else ""
 
 
 def near(value: float, low: float, high: float | None = None) -> bool:

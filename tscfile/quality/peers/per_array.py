@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import CacheShape, KVArrays
+from ..arrays import CacheShape, KVArrays, from_layers
 from ..codec import ByteTaker, join
 
 
 class PerArrayCodec(ABC):
     """``bits``: bits of a value of the keys ("k") and of the values ("v")."""
 
+    name: str
     book_bytes = 0
 
     def __init__(self, bits: dict[str, int]) -> None:
@@ -27,10 +28,12 @@ class PerArrayCodec(ABC):
         return join(parts)
 
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
-        taker, n = ByteTaker(data), shape.n_tokens
-        keys = [self.take(taker, "k", one.n_kv_heads, n, one.key_dim) for one in shape.layers]
-        values = [self.take(taker, "v", one.n_kv_heads, n, one.value_dim) for one in shape.layers]
-        return KVArrays(shape, keys, values)
+        taker = ByteTaker(data)
+
+        def take(role: str, layer: int, n_heads: int, dim: int) -> NDArray[np.float16]:
+            return self.take(taker, role, n_heads, shape.n_tokens, dim)
+
+        return from_layers(shape, take)
 
     @abstractmethod
     def quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
