@@ -210,3 +210,16 @@ def test_kept_numbers_are_those_of_a_fresh_run(engine: Engine) -> None:
         expected = old[result.codec]
         assert result.bits_per_value == expected.bits_per_value
         assert result.continuation.kl_mean == pytest.approx(expected.continuation.kl_mean, rel=0.05)
+
+
+def test_the_frame_before_saves_less_than_three_percent() -> None:
+    """Over 48 windows: what a stage of the format would have had to reach."""
+    report = from_json((KEPT / "delta-768-48-windows.json").read_text())
+    by_name = {each.codec: each for each in report.results}
+    assert report.references[0].forgetting.n_predictions == 48 * 256
+    for tier in ("near", "balanced", "compact", "archive"):
+        alone, found = by_name[delta_name(tier, NONE)], by_name[delta_name(tier, PREVIOUS)]
+        saved = (alone.stored_bytes - found.stored_bytes) / by_name[tier].stored_bytes
+        assert 0 < saved < 0.03
+        kl = found.continuation.kl_mean
+        assert kl == pytest.approx(alone.continuation.kl_mean, rel=0.05)

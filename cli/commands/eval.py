@@ -43,7 +43,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--calibration", type=_FILE, help="Text for codecs that learn; no part of --text.")
 @click.option(
     "--codecs", "--tiers", "codecs", metavar="A,B,…",
-    help="Tiers and peers, or groups of them: peers, kvtc, kivi, …; all by default.",
+    help="Tiers and peers, or groups of them: peers, kvtc, kivi, …; all by default. Or delta: "
+    "differences between tokens.",
 )  # fmt: skip
 @click.option("--report", type=click.Choice(["codecs", "claims"]), default="codecs",
               show_default=True, help="Codecs side by side, or the claims of the TSC reports, each "

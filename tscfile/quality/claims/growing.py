@@ -24,8 +24,26 @@ from ..peers.per_array import PerArrayCodec
 
 ROW_BITS = 4
 
-GROW = "the bytes of all saves together in fp32, one after each token (every 64th stored whole)"
-"""The accounting in words."""
+GROW = "all saves in fp32"
+GROW_8 = "all saves in fp32, every 8th whole"
+AT_WHOLE = "all saves in fp32, quality of a whole one"
+APPEND = "15 saves in fp32"
+DROP = "differences left out"
+
+_RUN = (
+    "a save after each token; every 64th is stored whole, of the others only the new row; the "
+    "fp32 bytes of all saves together over what is stored"
+)
+WAYS = {
+    GROW: _RUN,
+    GROW_8: _RUN.replace("64th", "8th"),
+    AT_WHOLE: f"the same as *{GROW}*, but the quality is taken at a save that is stored whole, "
+    "where nothing is lost yet",
+    APPEND: "15 saves as far apart as one another; the fp32 bytes of all of them over each row "
+    "stored once",
+    DROP: "keyframes in fp32 and nothing else, against one fp32 cache",
+}
+"""What the accountings mean."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .catalogue import Claim
+from .growing import WAYS
 from .run import ClaimsReport, Row
 from .verdicts import PLAIN, Measured, Reading, Verdict
 
@@ -143,7 +144,19 @@ the same token likeliest.
 
 def markdown(report: ClaimsReport) -> str:
     """The whole page."""
-    return "\n".join([_HEAD, *_made_with(report), *_summary(report), *_details(report)]) + "\n"
+    parts = (_ways(report), _made_with(report), _summary(report), _details(report))
+    return "\n".join([_HEAD, *(line for part in parts for line in part)]) + "\n"
+
+
+def _ways(report: ClaimsReport) -> Iterator[str]:
+    used = {each.basis for row in report.rows for each in row.readings}
+    found = [name for name in WAYS if any(basis.startswith(name) for basis in used)]
+    if found:
+        yield "## Ways to count"
+        yield ""
+        for name in found:
+            yield f"- *{name}*: {WAYS[name]}."
+        yield ""
 
 
 def _made_with(report: ClaimsReport) -> Iterator[str]:

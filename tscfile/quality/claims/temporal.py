@@ -16,7 +16,19 @@ from ..page_delta import codecs as delta_codecs
 from . import statistics as st
 from .catalogue import BY_ID
 from .eviction import Evicting
-from .growing import GROW, FourBitRows, Fp32, KeyframesOnly, Run, RunSize, sizes
+from .growing import (
+    APPEND,
+    AT_WHOLE,
+    DROP,
+    GROW,
+    GROW_8,
+    FourBitRows,
+    Fp32,
+    KeyframesOnly,
+    Run,
+    RunSize,
+    sizes,
+)
 from .lab import Answers, Experiment, Lab
 from .verdicts import PLAIN, Measured, Reading, near, reaches
 
@@ -26,16 +38,12 @@ HEADLINE = 64
 AGES = range(4, HEADLINE, 8)
 """Rows since the last whole save: the middles of eighths of an interval."""
 
-GROW_8 = "the bytes of all saves together in fp32, one after each token (every 8th stored whole)"
-AT_WHOLE = f"{GROW}, and the quality taken at a save that is stored whole"
-APPEND = "the bytes of 15 saves together in fp32, each row stored once"
-DROP = "one fp32 cache with the differences not stored at all"
 N_SAVES = 15
 
 _BOOK_TIER, _SHORTEST = "balanced", 8
 
 EXACT = Measured(0.0, 0.0, 1.0, 0.0, 0)
-_NO_ROWS = "rows-4bit"
+_ROWS = "rows-4bit"
 _SINGLE = f"delta-k{HEADLINE}-fp32"
 _EVICTED = f"{_SINGLE}-keep0.75"
 
@@ -54,7 +62,7 @@ def grown(lab: Lab, every: int, first: int, four_bit: bool) -> dict[int, RunSize
 
 
 def lengths(lab: Lab) -> list[int]:
-    return [n for n in (128, 256, 512, lab.length) if n <= lab.length]
+    return [n for n in (128, 256, 512) if n < lab.length] + [lab.length]
 
 
 # --- X1, X2, X4: ratios -----------------------------------------------------------------------
@@ -108,7 +116,7 @@ def _headline(lab: Lab) -> list[Reading]:
 
     run = grown(lab, HEADLINE, 32, True)[lab.length]
     ages = lab.mean_quality([FourBitRows(age).name for age in AGES])
-    rows = lab.quality(_NO_ROWS)
+    rows = lab.quality(_ROWS)
     saves = [lab.caches[0].head(lab.length * k // N_SAVES) for k in range(1, N_SAVES + 1)]
     appended = 2 * sum(each.raw_bytes for each in saves) / len(FourBitRows().encode(saves[-1]))
     dropped = lab.quality(KeyframesOnly(HEADLINE).name)

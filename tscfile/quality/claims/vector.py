@@ -21,7 +21,7 @@ from ..codec import ByteTaker, join
 
 N_CENTROIDS = 256
 _SAMPLES = 16384
-_ROUNDS = 12
+_ROUNDS = 25
 _ROWS_AT_ONCE = 16384
 
 Floats = NDArray[np.float32]
@@ -167,12 +167,19 @@ def _arrays(blocks: Floats, shape: CacheShape, scales: NDArray[np.float16]) -> K
 
 
 def _codebook(vectors: Floats) -> NDArray[np.float16]:
-    """256 centroids float16 by Lloyd's algorithm on samples of the vectors, from samples that are
-    evenly spread over them sorted by their first principal direction."""
+    """256 centroids float16 by Lloyd's algorithm on samples of the vectors.
+
+    It starts from samples along their first principal direction, as dense as is best there: of
+    vectors of w numbers with density p, p^(w / (w + 2)) (Zador, IEEE Trans. IT-28(2), 1982).
+    """
     sample = vectors[:: max(1, -(-len(vectors) // _SAMPLES))]
     along = sample @ np.linalg.svd(sample[:: max(1, len(sample) // 1024)], False)[2][0]
     order = np.argsort(along, kind="stable")
-    places = ((np.arange(N_CENTROIDS) + 0.5) * len(sample) / N_CENTROIDS).astype(np.int64)
+    # Neighbours in order are apart by 1 / p.
+    gaps = np.maximum(np.diff(along[order], append=along[order[-1]]), 1e-6)
+    share = np.cumsum(gaps.astype(np.float64) ** (2 / (sample.shape[1] + 2)))
+    wanted = (np.arange(N_CENTROIDS) + 0.5) / N_CENTROIDS * share[-1]
+    places = np.searchsorted(share, wanted).clip(0, len(sample) - 1)
     book = sample[order[places]].astype(np.float32)
     for _ in range(_ROUNDS):
         codes = _nearest(sample, book)

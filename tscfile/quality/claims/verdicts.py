@@ -84,7 +84,7 @@ def decide(
 
     >>> good, bad = (Reading(PLAIN, "", 1.0, holds) for holds in (True, False))
     >>> print(decide([good]), "/", decide([good, bad]))
-    reproduced / refuted: 1 of 2 measurements hold, and no way to count has all of its own
+    reproduced / refuted: 1 of 2 measurements hold
     >>> print(decide([bad, Reading("all saves in fp32", "", 9.0, True)]))
     depends on the baseline: all saves in fp32
     """
@@ -106,13 +106,13 @@ def _lacking(tried: Sequence[Reading], ratio: float) -> str:
     """What is missing where nothing holds."""
     if not ratio:
         held = sum(bool(each.holds) for each in tried)
-        return f"{held} of {len(tried)} measurements hold, and no way to count has all of its own"
+        return f"{held} of {len(tried)} measurements hold" if len(tried) > 1 else ""
     reached = next((each for each in tried if reaches(each.value, ratio)), None)
     if reached is None or reached.quality is None:
         return "no way to count gives the ratio"
     found = reached.quality
     return (
-        f"the ratio is reached in {reached.basis}, but not with the quality: KL {found.kl:.4f}, "
+        f"the ratio is reached ({reached.basis}), but not with the quality: KL {found.kl:.4f}, "
         f"top-1 {found.top1:.4f} of {found.n_predictions} predictions"
     )
 
