@@ -74,14 +74,15 @@ class TierCodec:
     source = "this project"
 
     def __init__(
-        self, tier: str | None, book: Path | None = None, name: str | None = None, **options: Any
-    ) -> None:
+        self, tier: str | Sequence[str] | None, book: Path | None = None, name: str | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         """``name``: where it is not to be that of the tier. ``options``: of `tscfile.pack`, in
         place of a tier."""
         self.name = name or str(tier)
         if "product" in options:
             self.family = "product quantization"
-        if book is None and not (tier and tier_from_name(tier).exact):
+        if book is None and not (isinstance(tier, str) and tier_from_name(tier).exact):
             self.family += ", no book"
         self._options: dict[str, Any] = {"tier": tier, **options}
         if book is not None:

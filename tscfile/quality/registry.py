@@ -1,7 +1,9 @@
 """Codecs by name: tiers of tscfile, and the peers they are measured against.
 
 A list of names may hold the names of groups: ``peers`` is all of them, ``kvtc``, ``kivi``, … those
-whose names begin so, ``pq`` and ``kl`` the points of two curves.
+whose names begin so, ``pq`` and ``kl`` the points of two curves. ``delta`` is token-position delta,
+by itself (`page_delta`) and before the coder of the tiers (`book_delta`). ``archive+balanced`` are
+quality layers, read at the last.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ PRODUCT_BYTES_NO_BOOK = (192, 384, 768)
 
 TARGET_KLS = (0.0005, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.022, 0.03, 0.05)
 """KLs that the transform of a book is asked for: points of its curve between the tiers."""
+DELTA = "delta-"
+"""How names of token-position deltas begin, which are no peers."""
 
 NO_BOOK = "-nobook"
 """Behind the name of a tier: without the book that is given for the others."""
@@ -72,14 +76,40 @@ def learnt_peers() -> dict[str, Callable[[Calibration], Codec]]:
     return makers | {f"pca-{step:g}": _pca(step) for step in pca.STEPS}
 
 
+def deltas() -> dict[str, Callable[[Calibration | None, Path | None], Codec]]:
+    """How to make the token-position deltas, by name."""
+    from . import book_delta, page_delta
+
+    literal = {name: _given(codec) for name, codec in page_delta.codecs().items()}
+    return literal | {name: _book_delta(name) for name in book_delta.settings()}
+
+
+def _given(codec: Codec) -> Callable[[Calibration | None, Path | None], Codec]:
+    return lambda calibration, book: codec
+
+
+def _book_delta(name: str) -> Callable[[Calibration | None, Path | None], Codec]:
+    from .book_delta import BookDelta, settings
+
+    def make(calibration: Calibration | None, book: Path | None) -> Codec:
+        if book is None or calibration is None:
+            raise UsageError(f"{name} needs a book and calibration text: --book, --calibration")
+        tier, every, plain = settings()[name]
+        return BookDelta(tier, book, calibration, every, plain)
+
+    return make
+
+
 def names() -> list[str]:
     """All names, tiers first."""
-    return [*TIERS, *_without_book(), *_dials(), *fixed_peers(), *learnt_peers()]
+    return [
+        *TIERS, *_without_book(), *_dials(), *fixed_peers(), *learnt_peers(), *deltas()
+    ]  # fmt: skip
 
 
 def _without_book() -> dict[str, str]:
     """Tiers that need no book but may have one, by the name of measuring them without."""
-    return {f"{name}{NO_BOOK}": name for name, tier in TIERS.items() if tier.tolerance}
+    return {f"{n}{NO_BOOK}": n for n, tier in TIERS.items() if tier.tolerance or tier.exact}
 
 
 def _dials() -> dict[str, dict[str, Any]]:
@@ -104,16 +134,18 @@ def make_codecs(
 ) -> list[Codec]:
     """The codecs called ``wanted``, each once, in this order.
 
-    ``book``: for the tiers that are not exact; those named with `NO_BOOK` do without. Raises
+    ``book``: for the tiers; those named with `NO_BOOK` do without. Raises
     `UsageError` for an unknown name, and where a peer learns from calibration text and there is
     none.
     """
     chosen = list(dict.fromkeys(name for each in wanted for name in _expand(each)))
-    fixed, learnt = fixed_peers(), learnt_peers()
+    fixed, learnt, delta = fixed_peers(), learnt_peers(), deltas()
     codecs: list[Codec] = []
     for name in chosen:
         if name in TIERS:
-            codecs.append(TierCodec(name, None if TIERS[name].exact else book))
+            codecs.append(TierCodec(name, book))
+        elif "+" in name:
+            codecs.append(TierCodec(name.split("+"), book, name))
         elif name in _dials():
             if name.startswith(f"pq{NO_BOOK}"):
                 codecs.append(TierCodec(None, None, name, **_dials()[name]))
@@ -125,6 +157,8 @@ def make_codecs(
             codecs.append(TierCodec(_without_book()[name], name=name))
         elif name in fixed:
             codecs.append(fixed[name])
+        elif name in delta:
+            codecs.append(delta[name](calibration, book))
         elif calibration is None:
             raise UsageError(f"{name} learns from calibration text; give one with --calibration")
         else:
@@ -134,13 +168,16 @@ def make_codecs(
 
 def _expand(name: str) -> Iterator[str]:
     known = names()
-    if name in known:
+    if name in known or ("+" in name and set(name.split("+")) <= set(TIERS)):
         yield name
         return
     found = [
         each for each in known
         if each not in TIERS and each not in _without_book()
-        and ((name == PEERS and each not in _dials()) or each.startswith(f"{name}-"))
+        and (
+            each.startswith(f"{name}-")
+            or (name == PEERS and each not in _dials() and not each.startswith(DELTA))
+        )
     ]  # fmt: skip
     if not found:
         raise UsageError(f"codec {name!r} is unknown; known are {', '.join(known)} and {PEERS}")
