@@ -65,7 +65,8 @@ def names() -> list[str]:
 
 def _without_book() -> dict[str, str]:
     """Tiers that need no book but may have one, by the name of measuring them without."""
-    return {f"{name}{NO_BOOK}": name for name, tier in TIERS.items() if tier.tolerance}
+    able = [name for name, tier in TIERS.items() if tier.tolerance or tier.exact]
+    return {f"{name}{NO_BOOK}": name for name in able}
 
 
 def runnable(calibrated: bool, has_book: bool) -> list[str]:
@@ -80,7 +81,7 @@ def make_codecs(
 ) -> list[Codec]:
     """The codecs called ``wanted``, each once, in this order.
 
-    ``book``: for the tiers that are not exact; those named with `NO_BOOK` do without. Raises
+    ``book``: for the tiers; those named with `NO_BOOK` do without. Raises
     `UsageError` for an unknown name, and where a peer learns from calibration text and there is
     none.
     """
@@ -89,7 +90,7 @@ def make_codecs(
     codecs = []
     for name in chosen:
         if name in TIERS:
-            codecs.append(TierCodec(name, None if TIERS[name].exact else book))
+            codecs.append(TierCodec(name, book))
         elif name in _without_book():
             codecs.append(TierCodec(_without_book()[name], name=name))
         elif name in fixed:
