@@ -957,8 +957,9 @@ def layers_of(chunks, n_tensors):
         firsts, counts = ([chunk["said"][i] for chunk in layer] for i in (2, 3))
         need([*firsts, n_tensors] == [0, *np.cumsum(counts).tolist()], "tensors of a layer")
         codecs = {chunk["said"][0] for chunk in layer}
-        if codecs <= {0, 1}:
+        if codecs <= {0, 1} or codecs == {5}:
             need(n == last, "a layer above the exact one")
+            need(codecs != {5} or len(layer) == 1, "one chunk in a layer of codec 5")
         else:
             need(len(layer) == 1, "one chunk in a lossy layer")
             need((codecs == {4}) == (n > 0) and (not n or below <= {2, 4}), "codec of a layer")

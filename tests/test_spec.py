@@ -17,7 +17,7 @@ import zstandard
 from blake3 import blake3
 
 import tscfile
-from tscfile import book_codec, lossy_coding, registry, temporal, tokens
+from tscfile import book_codec, exact_tables, lossy_coding, registry, temporal, tokens
 from tscfile.archive import Archive
 from tscfile.books import book as books
 from tscfile.books import product
@@ -763,6 +763,8 @@ def test_books_are_as_their_page_says() -> None:
         name: (type_, "".join(names.get(axis, axis) for axis in dimensions.split(", ")))
         for name, type_, dimensions in arrays
     }
+    exact = {name: axes.pop(name)[0] for name in list(axes) if name.startswith(exact_tables.PREFIX)}
+    assert exact == {exact_tables.PREFIX + name: code for name, code in exact_tables._TYPES.items()}
     assert axes == books._SHAPES | {"metric": ("f2", "Nww")}
     assert (ladder.N_CLASSES, ladder.N_SYMBOLS) == (40, 32)
     facts = dict(re.findall(r"^\| `(book\.\w+)` \| (\w+)", text, re.M))
@@ -771,7 +773,7 @@ def test_books_are_as_their_page_says() -> None:
     assert needed == books._FACTS and "The first ten are needed" in text
     assert f"0 to {books._MAX_HISTORY} |" in text and f"at most {books._MAX_DECAYS}," in text
     assert f"−{books._MAX_LOG_STEP} to {books._MAX_LOG_STEP} |" in text
-    others = (books.IDS_PREFIX, product.PREFIX)
+    others = (books.IDS_PREFIX, exact_tables.PREFIX, product.PREFIX)
     used = {name for name in books.load(BOOK).book.arrays if not name.startswith(others)}
     assert used == set(books._SHAPES)
 
@@ -831,7 +833,7 @@ def test_codec_pages_have_the_same_headings() -> None:
         page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
         for page in (SPEC / "codecs").glob("*.md")
     }
-    assert len(headings) == 10
+    assert len(headings) == 11
     assert len({tuple(found) for found in headings.values()}) == 1, headings
 
 

@@ -498,6 +498,7 @@ class Archive:
                 whole = whole and fits and len(chunks) == 1
             else:
                 whole = whole and number == block.n_layers - 1
+                whole = whole and (len(chunks) == 1 or not codecs & registry.WHOLE)
         if not whole or (track.tensors and not by_layer):
             raise DamagedError(f"{where}: a block does not hold the tensors of its track; damaged")
 

@@ -1,8 +1,8 @@
 """What a book holds for the exact codec: weights, scales and frequencies, all integers.
 
-``spec/book.md`` gives the arrays. Products of a weight and a regressor are below 2^34, so that sums
-of up to `MOST_REGRESSORS` of them are whole numbers below 2^52: float64 holds every partial sum, and
-a matrix product is exact in whatever order it is summed.
+``spec/book.md`` gives the arrays. Products of a weight and a regressor are at most 2^34, so that
+sums of up to `MOST_REGRESSORS` of them are whole numbers of at most 2^52: float64 holds every
+partial sum, and a matrix product is exact in whatever order it is summed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ CONSTANT = 1 << 13
 """The first regressor of every channel."""
 
 MOST_REGRESSORS = 1 << 18
-_MOST_UNIT, _MOST_SCALE, _MOST_WEIGHT = 40, 60, 40
+_MOST_SCALE = 60
+_RANGES = {"weight_bits": (0, 40), "scale_bits": (-60, 60), "unit_bits": (-40, 40)}
 
 _TYPES = {
     "sizes": "i4", "weights_low": "u1", "weights_high": "i1", "weight_bits": "i1",
@@ -81,11 +82,10 @@ class ExactTables:
         self.layout = Layout(order.n_channels, window, vectors.shape[1], token_channels)
         widths = self.layout.widths()
         self._need(max(widths) <= MOST_REGRESSORS, "sizes")
-        for name, most in (("weight_bits", _MOST_WEIGHT), ("scale_bits", _MOST_SCALE),
-                           ("unit_bits", _MOST_UNIT)):  # fmt: skip
+        for name, (least, most) in _RANGES.items():
             bits = found[name]
-            fits = len(bits) == order.n_channels and bool((np.abs(bits.astype(int)) <= most).all())
-            self._need(fits, name)
+            in_range = (bits >= least) & (bits <= most)
+            self._need(len(bits) == order.n_channels and in_range.all(), name)
         self.scale_bits = found["scale_bits"].astype(np.int64)
         self._weight_bits = found["weight_bits"].astype(np.int64)
         self._unit_bits = found["unit_bits"].astype(np.int64)
@@ -94,7 +94,7 @@ class ExactTables:
         together = self.scale_bits[pairs >= 0].reshape(-1, 2)
         self._need((together[:, 0] == together[:, 1]).all(), "scale_bits")
         in_range = (self._sigmas >= 2048) & (self._sigmas < 4096)
-        self._need(len(in_range) == order.n_channels and bool(in_range.all()), "sigmas")
+        self._need(len(in_range) == order.n_channels and in_range.all(), "sigmas")
         frequencies = found["frequencies"]
         self._need(frequencies.shape == FREQUENCIES and bool(frequencies.all()), "frequencies")
         totals = frequencies.sum(axis=1, dtype=np.int64)
@@ -128,7 +128,7 @@ class ExactTables:
 
     @cached_property
     def groups(self) -> list[tuple[Floats, ExactGroup]]:
-        """Of each group the weights of what comes before it, float64 ``[b, width]``, and the rest."""
+        """Of each group the weights of what is before it, float64 ``[b, width]``, and the rest."""
         found = []
         for weights, (_, first, stop, _) in zip(self._weights, self.layout.groups(), strict=True):
             own = slice(first, stop)

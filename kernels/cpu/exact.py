@@ -213,7 +213,9 @@ def _events(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
             row = j + member
             unit, sigma, reciprocal = unit_bits[row], sigmas[row], _reciprocal(sigmas[row])
             for t in range(n):
-                first, width, table = _context(mu[member, t], means[t], sigma, unit, fraction, least)
+                first, width, table = _context(
+                    mu[member, t], means[t], sigma, unit, fraction, least
+                )
                 tables[row, t] = table
                 pattern = np.int64(patterns[row, t])
                 regressors[row, t] = _regressor(pattern, scale_bits[row], fraction, least)
@@ -328,7 +330,9 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
             unit, sigma, reciprocal = unit_bits[row], sigmas[row], _reciprocal(sigmas[row])
             lane = 0
             for t in range(n):
-                first, width, table = _context(mu[member, t], means[t], sigma, unit, fraction, least)
+                first, width, table = _context(
+                    mu[member, t], means[t], sigma, unit, fraction, least
+                )
                 state = states[lane]
                 slot = state & np.uint64((1 << TABLE_BITS) - 1)
                 symbol = np.int64(lookup[table, slot >> np.uint64(TABLE_BITS - _LOOK)])

@@ -105,7 +105,8 @@ def exact_decode(
         for t, frame in enumerate(frames):
             _, mu = next(frame)
             first, width, table = _context(mu, int(means[t]), sigma, unit, form)
-            pattern, at = _uncode(lanes[t % len(lanes)], unit, first, width, form, cumulative[table])
+            lane = lanes[t % len(lanes)]
+            pattern, at = _uncode(lane, unit, first, width, form, cumulative[table])
             if pattern is None:
                 genuine, pattern = False, 0
             patterns[row, t] = pattern

@@ -47,7 +47,8 @@ class ExactOrder:
         """Of each channel the row of its angle, -1 if it is not turned: int64 ``[C]``."""
         head = np.full(self.head_dim, -1, np.int64)
         head[: 2 * self.n_pairs] = np.repeat(np.arange(self.n_pairs), 2)
-        layer = np.concatenate([np.full(self.width, -1), np.tile(head, self.width // self.head_dim)])
+        keys = np.tile(head, self.width // self.head_dim)
+        layer = np.concatenate([np.full(self.width, -1), keys])
         return np.tile(layer, self.n_layers)
 
     def places(self, pairing: str = HALVES) -> Ints:
