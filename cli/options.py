@@ -25,7 +25,9 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def archive_argument(function: F) -> F:
-    return click.argument("archive", type=click.Path(dir_okay=False, path_type=Path))(function)
+    # Whether it can be read is found out by reading: no usage error.
+    kind = click.Path(dir_okay=False, readable=False, path_type=Path)
+    return click.argument("archive", type=kind)(function)
 
 
 def force_option(function: F) -> F:

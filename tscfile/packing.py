@@ -6,7 +6,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +153,9 @@ def append(
             number = _store(writer, snapshot, planned, chosen, coder, label, archive, progress)
             size = writer.commit()
         except BaseException as error:
-            os.ftruncate(fd, before)
+            # Where that fails too, what is left is torn; the first error is the one to be told.
+            with suppress(OSError):
+                os.ftruncate(fd, before)
             if isinstance(error, OSError):
                 files.name_file(error, path)
             raise
