@@ -19,6 +19,7 @@ from .options import printable
 _COMMANDS = {
     "pack": "Put a saved session away.",
     "append": "Add a later save of the same conversation.",
+    "watch": "Pack saves as a server writes them.",
     "unpack": "Take a session out again.",
     "convert": "Turn one cache file into another kind.",
     "info": "Say what an archive holds.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,32 +41,35 @@ def tell(reports: Iterable[SaveReport], n_sources: int, as_json: bool, quiet: bo
     told: list[SaveReport] = []
     silent = quiet or as_json
     for report in reports:
-        if report.problem is not None:
-            print(f"tsc: {printable(report.problem)}", file=sys.stderr)
-        else:
-            if all(each.problem is not None for each in told):
-                say(f"{'plan':<16}{'kept':>8}{'new':>8}{'added':>10}  save", silent)
-            say(line(report), silent)
+        if report.problem is None and all(each.problem is not None for each in told):
+            say(f"{'plan':<16}{'kept':>8}{'new':>8}{'added':>10}  save", silent)
+        tell_one(report, silent)
         told.append(report)
     if as_json:
-        print_json([vars(report) | {"report": report.report and vars(report.report)}
-                    for report in told])  # fmt: skip
+        print_json([dataclasses.asdict(report) for report in told])
     codes = [report.exit_code for report in told if report.problem is not None]
     _sum_up(told, silent)
     # Alone it is the command's own error.
     return (codes[0] if n_sources == 1 else 1) if codes else 0
 
 
-def line(report: SaveReport) -> str:
-    """What a save cost, in one line."""
-    stored = report.report
+def tell_one(report: SaveReport, quiet: bool) -> None:
+    """One line: what a save cost, or, whether quiet or not, why it was not taken."""
+    if report.problem is None:
+        say(_line(report), quiet)
+    else:
+        print(f"tsc: {printable(report.problem)}", file=sys.stderr)
+
+
+def _line(report: SaveReport) -> str:
+    stored, deleted = report.report, ", deleted" if report.deleted else ""
     if stored is None:
-        return f"{'stored already':<16}{'':>26}  {report.source} in {report.archive}"
+        return f"{'stored already':<16}{'':>26}  {report.source} in {report.archive}{deleted}"
     changed = f", {stored.n_frames_changed} recomputed" if stored.n_frames_changed else ""
     return (
         f"{stored.plan:<16}{stored.n_frames_kept:>8}{stored.n_frames_new:>8}"
         f"{size(stored.bytes_added):>10}  {report.source} in {report.archive}, snapshot "
-        f"{stored.snapshot}{changed}"
+        f"{stored.snapshot}{changed}{deleted}"
     )
 
 

@@ -234,7 +234,8 @@ def test_what_cannot_be_asked_for(folder: Path, tmp_path: Path, capfd: Capture) 
     (tmp_path / "empty").mkdir()
     state = tmp_path / "buffer.kv"
     tscfile.pack(SESSION, tmp_path / "s.tsc")
-    tscfile.unpack(tmp_path / "s.tsc", state, options=tscfile.StateOptions(container="state-buffer"))
+    buffer = tscfile.StateOptions(container="state-buffer")
+    tscfile.unpack(tmp_path / "s.tsc", state, options=buffer)
     assert len(open_source(state).tokens) == 0
     for code, arguments in (
         (2, ["pack", folder]), (2, ["pack", SESSION, TURNS[0]]), (2, ["pack", folder, "-o", "-"]),

@@ -30,7 +30,8 @@ from .sources import identity_for, open_source
 from .staging import staging
 
 SUFFIX = ".tsc"
-_NO_SAVES = (SUFFIX, ".tscbook")
+NO_SAVES = (SUFFIX, ".tscbook")
+"""Ends of names that no save in a folder has."""
 
 Path_ = str | os.PathLike[str]
 Progress = Callable[[int], None]
@@ -59,6 +60,8 @@ class SaveReport:
     report: PackReport | None = None
     problem: str | None = None
     exit_code: int = 0
+    deleted: bool = False
+    """Was the source removed, as it is safe in the archive?"""
 
 
 def saves_in(sources: Iterable[Path]) -> list[Path]:
@@ -70,7 +73,7 @@ def saves_in(sources: Iterable[Path]) -> list[Path]:
             continue
         for each in sorted(source.iterdir()):
             hidden = each.name.startswith(".")
-            if each.is_file() and not hidden and each.suffix not in _NO_SAVES:
+            if each.is_file() and not hidden and each.suffix not in NO_SAVES:
                 found[each] = None
     return list(found)
 
@@ -84,7 +87,7 @@ def read_saves(
         try:
             saves.append(read_save(path, identity))
         except (TscError, OSError) as error:
-            broken.append(_problem(path, error))
+            broken.append(problem(path, error))
     return saves, broken
 
 
@@ -138,7 +141,7 @@ def _pack_one(
             except (TscError, OSError) as error:
                 if isinstance(error, OSError) and error.filename == os.fspath(unfinished):
                     error.filename = os.fspath(target)
-                reports.append(_problem(save.path, error))
+                reports.append(problem(save.path, error))
         if unfinished.exists():
             files.publish(unfinished, target, force=force)
     return reports
@@ -174,7 +177,7 @@ def append_saves(
         except UsageError:
             raise
         except (TscError, OSError) as error:
-            yield _problem(save.path, error)
+            yield problem(save.path, error)
 
 
 def take_in(
@@ -227,11 +230,16 @@ def _targets(conversations: Sequence[Sequence[Save]], folder: Path) -> list[Path
     return [folder / name for name in names]
 
 
-def _problem(path: Path, error: TscError | OSError) -> SaveReport:
-    if isinstance(error, OSError):
-        error = files.describe_os_error(error, os.fspath(path))
-    text = str(error)
+def problem(
+    path: Path, error: TscError | OSError, renamed: tuple[Path, Path] | None = None
+) -> SaveReport:
+    """A report of a save that was not taken. ``renamed``: a path in the message, and what it is
+    to be called."""
     where = os.fspath(path)
-    return SaveReport(
-        where, problem=text if where in text else f"{where}: {text}", exit_code=error.exit_code
-    )
+    known = files.describe_os_error(error, where) if isinstance(error, OSError) else error
+    text = str(known)
+    if renamed is not None:
+        text = text.replace(os.fspath(renamed[0]), os.fspath(renamed[1]))
+    if where not in text:
+        text = f"{where}: {text}"
+    return SaveReport(where, problem=text, exit_code=known.exit_code)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import TscError, UsageError
 
@@ -95,6 +96,12 @@ def _allocate(fd: int, size: int) -> None:
 
 
 _CANNOT_ALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+def private(path: Path) -> BinaryIO:
+    """A new file, readable by its owner only, open for writing; replaces what was there."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE)
+    return open(fd, "wb")
 
 
 def publish(whole: Path, target: Path, *, force: bool = False) -> None:
