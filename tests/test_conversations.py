@@ -296,3 +296,47 @@ def test_facts_of_the_file_do_not_change_what_is_written(tmp_path: Path) -> None
         assert same_state(archive.snapshot(), snapshot)
     tscfile.unpack(tmp_path / "a.tsc", tmp_path / "a.kv")
     assert (tmp_path / "a.kv").read_bytes() == write_kv(tmp_path / "b.kv", 40).read_bytes()
+
+
+# The tree ---------------------------------------------------------------------------------------
+
+
+def test_tree_of_a_conversation_forked_and_continued_twice(tmp_path: Path, capfd: Capture) -> None:
+    path = tmp_path / "a.tsc"
+    grown = [make_snapshot(n) for n in (60, 100, 150)]
+    forks = [make_snapshot(n, edited_from=120) for n in (140, 170)]
+    tscfile.pack(grown[0], path, name="one")
+    for name, each in zip("two three fork fork-on".split(), [*grown[1:], *forks], strict=True):
+        tscfile.append(each, path, name=name)
+    tscfile.append(make_snapshot(180), path, name="four")
+    code, out, err = run(capfd, "info", "--tree", path)
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()[2:]]
+    assert [(*line[:4], "".join(line[3:6]), line[-1]) for line in lines] == [
+        ("*", "0", "keyframe", "0", "0+60", "one"),
+        ("*", "1", "append", "60", "60+40", "two"),
+        ("*", "2", "append", "100", "100+50", "three"),
+        ("|-*", "3", "truncate+append", "120", "120+20", "fork"),
+        ("|", "*", "4", "append", "append140+", "fork-on"),
+        ("*", "5", "append", "150", "150+30", "four"),
+    ]
+    info = json.loads(run(capfd, "info", "--json", path)[1])
+    rows = info["snapshots"]
+    assert [row["parent"] for row in rows] == [None, 0, 1, 2, 3, 2]
+    assert [row["n_tokens_common"] for row in rows] == [0, 60, 100, 120, 140, 150]
+    # Nothing is counted twice, and hardly anything is left out.
+    assert 0.9 < sum(row["added_bytes"] for row in rows) / path.stat().st_size < 1
+    # JSON is the same with the tree.
+    assert json.loads(run(capfd, "info", "--json", "--tree", path)[1]) == info
+
+
+def test_tree_of_a_long_and_of_a_bushy_file() -> None:
+    from tscfile_cli.tree import draw
+
+    n = 20_000
+    assert list(draw([None, *range(n)])) == [("*", number) for number in range(n + 1)]
+    assert [graph for graph, _ in draw([None, *[0] * n])] == ["*", *["|-*"] * (n - 1), "*"]
+    assert list(draw([])) == [] and list(draw([None, None])) == [("*", 0), ("*", 1)]
+    # Each snapshot starts a branch of the branch before.
+    comb = [None if i < 2 else i - 2 for i in range(3000)]
+    assert sorted(number for _, number in draw(comb)) == list(range(3000))
