@@ -25,6 +25,7 @@ _COMMANDS = {
     "info": "Say what an archive holds.",
     "verify": "Check an archive.",
     "demote": "Make an archive smaller by dropping its finer layers.",
+    "prune": "Remove old archives from a folder.",
     "resume": "Continue a conversation in llama.cpp.",
     "book": "Learn what lossy tiers need to know of a model.",
     "eval": "Measure what lossy caches cost a model.",

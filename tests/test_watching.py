@@ -144,9 +144,9 @@ def test_what_is_no_whole_save_is_left(slots: Path, archives: Path) -> None:
 
 def test_a_problem_is_told_once(slots: Path, archives: Path) -> None:
     (slots / "bad").write_bytes(b"no save")
-    watcher = Watcher(slots, archives, PackOptions(), settle=0)
+    watcher = Watcher(slots, archives, PackOptions(), settle=0, interval=0.01)
     told: list[SaveReport] = []
-    with closing(watcher.run(0.01)) as reports:
+    with closing(watcher.run()) as reports:
         told.append(next(reports))
         put(TURNS[0], slots / "good")
         told.append(next(reports))
@@ -401,8 +401,9 @@ def test_nothing_is_lost_to_a_full_disk(
         return genuine(*rest)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    watcher = Watcher(slots, archives, PackOptions(), settle=0.05, delete_source=True)
-    with closing(watcher.run(0.01)) as reports:
+    watcher = Watcher(slots, archives, PackOptions(), settle=0.05, interval=0.01,
+                      delete_source=True)  # fmt: skip
+    with closing(watcher.run()) as reports:
         report = next(reports)
         assert "no space left" in str(report.problem) and (slots / "slot").exists()
         full[0] = False
@@ -447,6 +448,7 @@ def test_command(slots: Path, archives: Path, tmp_path: Path, capfd: Capture) ->
     for code, arguments in (
         (2, [slots]), (2, [tmp_path / "none", "--into", archives]),
         (2, [slots, "--into", TURNS[0]]), (2, [slots, "--into", archives, "--interval", "0"]),
+        (2, [slots, "--into", archives, "--interval", "nan"]),
         (2, [slots, "--into", archives, "--once", "--tiers", "near,archive,near"]),
         (2, [slots, "--into", archives, "--once", "--settle", "-1"]),
         (1, [slots, "--into", tmp_path / "none" / "x", "--once"]),
@@ -521,5 +523,5 @@ def test_interval_is_kept(slots: Path, archives: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(watching.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        list(Watcher(slots, archives, PackOptions()).run(7))
+        list(Watcher(slots, archives, PackOptions(), interval=7).run())
     assert slept == [7, 7, 7] and os.listdir(archives) == []

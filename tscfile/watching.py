@@ -44,6 +44,8 @@ from .tiers import tiers_from_names
 SETTLE, INTERVAL = 2.0, 1.0
 """Seconds."""
 
+_LONGEST = 86400
+
 _PIECE = 1 << 20
 _TAKEN = re.compile(r"\.tsc-taken-[0-9a-f]{8}-(.+)", re.DOTALL)
 _LONGEST_NAME = 200
@@ -62,9 +64,10 @@ class _Seen:
 class Watcher:
     """Takes saves from the folder ``slots`` into archives in the folder ``archives``.
 
-    ``settle``: seconds that a file must have been left alone. ``delete_source``: remove what is
-    safe in an archive. Raises `UsageError` for tiers that cannot be, the errors of a book that
-    cannot be read, `OSError` if ``archives`` can neither be found nor made.
+    ``settle``: seconds that a file must have been left alone, ``interval``: between two looks.
+    ``delete_source``: remove what is safe in an archive. Raises `UsageError` for tiers and seconds
+    that cannot be, the errors of a book that cannot be read, `OSError` if ``archives`` can neither
+    be found nor made.
     """
 
     def __init__(
@@ -75,8 +78,11 @@ class Watcher:
         *,
         min_common: int = MIN_COMMON,
         settle: float = SETTLE,
+        interval: float = INTERVAL,
         delete_source: bool = False,
     ) -> None:
+        if not (0 <= settle <= _LONGEST and 0 < interval <= _LONGEST):
+            raise UsageError(f"seconds to wait: more than 0 and no more than {_LONGEST}")
         # What is wrong with all saves is said at once.
         if options.tier is not None:
             tiers_from_names(options.tier)
@@ -84,16 +90,14 @@ class Watcher:
             load(options.book)
         self._slots, self._archives = Path(slots), Path(archives)
         self._options = options
-        self._settle = settle
+        self._settle, self._interval = settle, interval
         self._delete_source = delete_source
         self._seen: dict[str, _Seen] = {}
         self._archives.mkdir(mode=0o700, exist_ok=True)
         self._shelf = Shelf(self._archives, options, min_common)
 
-    def run(
-        self, interval: float = INTERVAL, *, once: bool = False
-    ) -> Generator[SaveReport, None, None]:
-        """Take saves until stopped, looking every ``interval`` seconds; yields what became of each.
+    def run(self, *, once: bool = False) -> Generator[SaveReport, None, None]:
+        """Take saves until stopped; yields what became of each.
 
         ``once``: only what is there, waiting for what is still being written as long as a file
         takes to settle.
@@ -103,7 +107,7 @@ class Watcher:
                 yield from self._look(folder)
                 if once:
                     break
-                time.sleep(interval)
+                time.sleep(self._interval)
             waiting = self._waiting()
             if waiting:
                 time.sleep(self._settle)

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 @click.option("--delete-source", is_flag=True,
               help="Remove a save once it is on disk in an archive.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Take what is there and stop.")
-@click.option("--interval", type=click.FloatRange(min=0.01), default=1.0, show_default=True,
+@click.option("--interval", type=float, default=1.0, show_default=True,
               metavar="SECONDS", help="How often to look.")  # fmt: skip
-@click.option("--settle", type=click.FloatRange(min=0), default=2.0, show_default=True,
+@click.option("--settle", type=float, default=2.0, show_default=True,
               metavar="SECONDS",
               help="How long a file must have been left alone to be taken.")  # fmt: skip
 @quiet_option
@@ -68,14 +68,14 @@ def command(
     options = PackOptions(chosen_tiers(tier, tiers), book, identity=model_identity(model))
     watcher = Watcher(
         slot_dir, archive_dir, options, min_common=min_common or MIN_COMMON, settle=settle,
-        delete_source=delete_source,
+        interval=interval, delete_source=delete_source,
     )  # fmt: skip
     if threading.current_thread() is threading.main_thread():
         # Both are the usual way to end it.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 0
     try:
-        with closing(watcher.run(interval, once=once)) as reports:
+        with closing(watcher.run(once=once)) as reports:
             code = _tell(reports, quiet, as_json)
     except KeyboardInterrupt:
         say("stopped", quiet or as_json)
