@@ -23,7 +23,7 @@ from tscfile.container.records import Header
 
 Capture = pytest.CaptureFixture[str]
 TSC = [sys.executable, "-m", "tscfile_cli.main"]
-COMMANDS = ("pack", "append", "unpack", "info", "verify", "resume")
+COMMANDS = ("pack", "append", "watch", "unpack", "info", "verify", "prune", "resume")
 HEAVY = {"torch", "numba", "transformers", "llama_cpp", "safetensors", "gguf", "rich"}
 
 

@@ -92,7 +92,7 @@ TIERS = ("lossless", "near")
 
 
 def saves(tier: str) -> list[Snapshot]:
-    wide = {"n_channels": 64, "identity": {"architecture": "llama"}}
+    wide: dict[str, Any] = {"n_channels": 64, "identity": {"architecture": "llama"}}
     return [
         make_snapshot(100, **wide),
         make_snapshot(150, **wide),
@@ -272,7 +272,7 @@ def test_sigkill_at_each_write(case: Case, half: bool, tmp_path: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return genuine(fd, data, offset)
 
-            os.pwrite = pwrite
+            os.pwrite = pwrite  # type: ignore[assignment]
             tscfile.append(case.new, path, wait=False)
 
         assert in_process(killed_append) == -signal.SIGKILL

@@ -17,6 +17,7 @@ from .conversations import (
     FILE_ID,
     MIN_COMMON,
     Conversation,
+    FileId,
     Save,
     file_id,
     in_order,
@@ -181,7 +182,7 @@ def append_saves(
 
 
 def take_in(
-    source: Path, archive: Path, options: PackOptions, found: str | None = None,
+    source: Path, archive: Path, options: PackOptions, found: FileId | None = None,
     *, name: str | None = None, progress: Progress | None = None,
 ) -> PackReport:  # fmt: skip
     """Append a save to an archive, or make the archive of it; the snapshot has the id of its file.
@@ -189,7 +190,7 @@ def take_in(
     ``found``: that id, where it is known. Raises what `pack` and `append` do.
     """
     snapshot = open_source(source)
-    snapshot.source = {**snapshot.source, FILE_ID: found or file_id(source)}
+    snapshot.source = {**snapshot.source, FILE_ID: list(found or file_id(source))}
     identity = identity_for(snapshot, options.identity)
     name = source.name if name is None else name
     if archive.exists():
@@ -204,10 +205,10 @@ def take_in(
     )  # fmt: skip
 
 
-def held_ids(archive: Archive) -> set[str]:
+def held_ids(archive: Archive) -> set[FileId]:
     """Ids of the files that an archive's snapshots were read from, as far as they say it."""
-    sources = (archive.record(number).source for number in range(len(archive)))
-    return {source[FILE_ID] for source in sources if isinstance(source.get(FILE_ID), str)}
+    ids = (archive.record(number).source.get(FILE_ID) for number in range(len(archive)))
+    return {(each[0], each[1]) for each in ids if isinstance(each, list) and len(each) == 2}
 
 
 def name_for(source: Path, taken: Callable[[str], bool]) -> str:

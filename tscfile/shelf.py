@@ -13,7 +13,7 @@ from pathlib import Path
 from .archive import Archive
 from .collecting import SUFFIX, PackOptions, SaveReport, held_ids, problem
 from .container.records import common_prefix
-from .conversations import Conversation, Save
+from .conversations import Conversation, FileId, Save
 from .errors import TscError
 
 Signature = tuple[int, int, int]
@@ -28,7 +28,7 @@ def signature(found: os.stat_result) -> Signature:
 class _Known:
     signature: Signature
     conversation: Conversation
-    file_ids: set[str]
+    file_ids: set[FileId]
 
 
 class Shelf:
@@ -64,7 +64,7 @@ class Shelf:
                 self._told[path] = now
                 yield problem(path, error)
 
-    def holder(self, file_id: str) -> Path | None:
+    def holder(self, file_id: FileId) -> Path | None:
         """The archive that holds the save with this id, if there is one."""
         return next((p for p, known in self._known.items() if file_id in known.file_ids), None)
 
@@ -85,7 +85,7 @@ class Shelf:
             most = -1
         return most, self._known[path].signature[2]
 
-    def added(self, path: Path, save: Save, file_id: str, n_bytes: int) -> None:
+    def added(self, path: Path, save: Save, file_id: FileId, n_bytes: int) -> None:
         """``save`` is now the last in ``path``, which has ``n_bytes``; saves reading it again."""
         now = signature(path.stat())
         known = self._known.get(path, _Known(now, Conversation(self._min_common), set()))

@@ -33,8 +33,7 @@ from .collecting import (
     problem,
     take_in,
 )
-from .container.records import ID_BYTES
-from .conversations import MIN_COMMON, Save, save_of
+from .conversations import MIN_COMMON, FileId, Save, id_of, save_of
 from .errors import TscError, UsageError
 from .shelf import Shelf, Signature, signature
 from .sources import open_source
@@ -179,7 +178,7 @@ class Watcher:
             report = replace(report, deleted=self._delete(path, found, Path(report.archive)))
         return report
 
-    def _store(self, copy: Path, path: Path, file_id: str, folder: Path) -> SaveReport:
+    def _store(self, copy: Path, path: Path, file_id: FileId, folder: Path) -> SaveReport:
         """Append the save to the archive of its conversation, or make one."""
         holder = self._shelf.holder(file_id)
         if holder is not None:
@@ -200,7 +199,7 @@ class Watcher:
         return self._start(save, path, name, file_id, folder)
 
     def _start(
-        self, save: Save, path: Path, name: str, file_id: str, folder: Path
+        self, save: Save, path: Path, name: str, file_id: FileId, folder: Path
     ) -> SaveReport:
         unfinished = folder / "archive"
         try:
@@ -247,7 +246,7 @@ class Watcher:
         return False
 
 
-def _copy(path: Path, copy: Path, found: Signature) -> str | None:
+def _copy(path: Path, copy: Path, found: Signature) -> FileId | None:
     """Copy a file and return its id; None if it is not, or not any more, what was ``found``."""
     hasher = blake3()
     try:
@@ -259,7 +258,7 @@ def _copy(path: Path, copy: Path, found: Signature) -> str | None:
             hasher.update(piece)
             target.write(piece)
         is_same = signature(os.fstat(fd)) == found and source.tell() == found[1]
-    return hasher.digest(ID_BYTES).hex() if is_same else None
+    return id_of(hasher) if is_same else None
 
 
 def _sync(path: Path) -> None:
