@@ -24,6 +24,7 @@ _COMMANDS = {
     "convert": "Turn one cache file into another kind.",
     "info": "Say what an archive holds.",
     "verify": "Check an archive.",
+    "compact": "Write an archive again: without some saves, in full blocks.",
     "demote": "Make an archive smaller by dropping its finer layers.",
     "prune": "Remove old archives from a folder.",
     "resume": "Continue a conversation in llama.cpp.",

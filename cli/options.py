@@ -18,6 +18,7 @@ from tscfile.tiers import TIERS
 
 if TYPE_CHECKING:
     from tscfile.model import ModelIdentity
+    from tscfile.packing import PackReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -149,6 +150,14 @@ class SizeType(click.ParamType):
         number, unit, binary = found.groups()
         power = " kmgt".index(unit.lower()) if unit else 0
         return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def fallback(report: PackReport) -> str:
+    """What is said of frames that product quantization kept exact."""
+    if report.n_frames_exact is None:
+        return ""
+    share = report.n_frames_exact / max(report.n_frames_new, 1)
+    return f", {share:.2%} of the new frames exact in {size(report.exact_bytes or 0)}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .options import STDIO, print_json, printable, say, size
+from .options import STDIO, fallback, print_json, printable, say, size
 
 if TYPE_CHECKING:
     from tscfile.collecting import SaveReport
@@ -69,7 +69,7 @@ def _line(report: SaveReport) -> str:
     return (
         f"{stored.plan:<16}{stored.n_frames_kept:>8}{stored.n_frames_new:>8}"
         f"{size(stored.bytes_added):>10}  {report.source} in {report.archive}, snapshot "
-        f"{stored.snapshot}{changed}{deleted}"
+        f"{stored.snapshot}{changed}{fallback(stored)}{deleted}"
     )
 
 

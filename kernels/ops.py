@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import exact
+from .exact import ExactGroup, Format
+
 PROBABILITY_BITS = 12
 """Frequencies of a class sum to ``1 << PROBABILITY_BITS``."""
 
@@ -55,8 +58,21 @@ class TokenTables(NamedTuple):
     total2: NDArray[np.int64]
 
 
+class ExactEvents(NamedTuple):
+    """Up to three events a value, ``[b, n, 3]``: ``starts`` and ``sizes`` uint32, of a whole of
+    ``1 << bits`` (uint8; 0 for no event). ``regressors``: int64 ``[b, n]``; ``tables``,
+    ``symbols``: uint8 ``[b, n]``, what the first event was coded with and as."""
+
+    starts: NDArray[np.uint32]
+    sizes: NDArray[np.uint32]
+    bits: NDArray[np.uint8]
+    regressors: NDArray[np.int64]
+    tables: NDArray[np.uint8]
+    symbols: NDArray[np.uint8]
+
+
 def backend(name: str, module: str) -> ModuleType:
-    """A ``module`` ("rans", "bits", "symbols", "token_ids") of a backend.
+    """A ``module`` ("rans", "bits", "symbols", "token_ids", "centroids", "exact") of a backend.
 
     `ValueError` for a backend that is not known.
     """
@@ -309,6 +325,170 @@ def decode_tokens(
     return ok
 
 
+def nearest_centroids(
+    vectors: NDArray[np.float32], centroids: NDArray[np.float32], on: str = "cpu"
+) -> NDArray[np.uint8]:
+    """The centroid at the least distance from each vector, the first of equals: uint8 ``[n]``.
+
+    ``vectors``: float32 ``[n, d]``; ``centroids``: float32 ``[k, d]``, 1 to 256 of them; all
+    finite (not checked). Twins may differ where two squared distances are within 2^-16 of the
+    larger of the squared lengths.
+
+    >>> centroids = np.array([[0, 0], [4, 0]], np.float32)
+    >>> vectors = np.array([[1, 2], [3, 1]], np.float32)
+    >>> nearest_centroids(vectors, centroids, on="reference").tolist()
+    [0, 1]
+    """
+    _check(vectors, np.float32, 2, "vectors")
+    _check(centroids, np.float32, 2, "centroids")
+    if vectors.shape[1] != centroids.shape[1] or not 1 <= len(centroids) <= 256:
+        raise ValueError("there must be 1 to 256 centroids, as wide as the vectors")
+    nearest: NDArray[np.uint8] = backend(on, "centroids").nearest_centroids(vectors, centroids)
+    return nearest
+
+
+def gather_centroids(
+    codes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+    books: NDArray[np.int32],
+    columns: NDArray[np.int32],
+    centroids: NDArray[np.float32],
+    n_columns: int,
+    on: str = "cpu",
+) -> NDArray[np.float32]:
+    """What codes stand for: a sum of one centroid for each stage, float32 ``[n, n_columns]``.
+
+    Row ``i`` has the next ``counts[i]`` (int64 ``[n]``) of ``codes`` (uint8 ``[sum(counts)]``), one
+    for each of the first stages. Stage ``s`` adds ``centroids[books[s], code]`` (float32
+    ``[B, k, d]``) to the columns ``columns[s]`` (int32 ``[S, d]``, each at most once in a stage,
+    not checked), in the order of the stages. `ValueError` for an index that is not there.
+
+    >>> centroids = np.array([[[1, 2], [3, 4]]], np.float32)
+    >>> columns = np.array([[0, 2], [1, 2]], np.int32)
+    >>> codes, counts = np.array([1, 0, 1], np.uint8), np.array([2, 1])
+    >>> books = np.zeros(2, np.int32)
+    >>> gather_centroids(codes, counts, books, columns, centroids, 3, on="reference").tolist()
+    [[3.0, 1.0, 6.0], [3.0, 0.0, 4.0]]
+    """
+    _check(codes, np.uint8, 1, "codes")
+    _check(counts, np.int64, 1, "counts")
+    _check(books, np.int32, 1, "books")
+    _check(columns, np.int32, 2, "columns")
+    _check(centroids, np.float32, 3, "centroids")
+    n_books, n_centroids, width = centroids.shape
+    if len(books) != len(columns) or columns.shape[1] != width:
+        raise ValueError("books, columns and centroids do not fit each other")
+    for array, limit, what in (
+        (codes, n_centroids, "code"), (books, n_books, "codebook"), (columns, n_columns, "column"),
+        (counts, len(books) + 1, "count"),
+    ):  # fmt: skip
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < limit:
+            raise ValueError(f"a {what} is not below {limit}")
+    if int(counts.sum()) != len(codes):
+        raise ValueError(f"{len(codes)} codes are not as many as their counts say")
+    values: NDArray[np.float32] = backend(on, "centroids").gather_centroids(
+        codes, counts, books, columns, centroids, n_columns
+    )
+    return values
+
+
+def exact_events(
+    group: ExactGroup,
+    base: NDArray[np.int64],
+    angles: tuple[NDArray[np.int64], NDArray[np.int64]],
+    means: NDArray[np.int64],
+    patterns: NDArray[np.uint16],
+    form: Format,
+    cumulative: NDArray[np.uint32],
+    on: str = "cpu",
+) -> ExactEvents:
+    """What the coder of exact values codes for ``b`` channels of ``n`` frames.
+
+    ``base``: int64 ``[b, n]``, what channels before the group predict, in magnitude below
+    ``1 << 52``; ``angles``: cosines and sines int64 ``[n_pairs, n]``, in magnitude at most
+    ``1 << exact.ANGLE_BITS``; ``means``: int64 ``[n]``, the running mean of each frame's errors,
+    which is left as it is behind the group; ``patterns``: uint16 ``[b, n]``; ``cumulative``: uint32
+    ``[256, exact.N_SYMBOLS + 1]``, sums of frequencies, all positive. What ``group`` holds is for
+    those who make it to see to. ``spec/codecs/book-exact.md`` gives every step.
+    """
+    _check_exact(group, base, angles, means, cumulative)
+    _check(patterns, np.uint16, 2, "patterns")
+    if patterns.shape != base.shape:
+        raise ValueError("patterns and base are of two shapes")
+    return ExactEvents(
+        *backend(on, "exact").exact_events(group, base, angles, means, patterns, form, cumulative)
+    )
+
+
+def exact_encode(
+    starts: NDArray[np.uint32],
+    sizes: NDArray[np.uint32],
+    bits: NDArray[np.uint8],
+    lanes: int,
+    on: str = "cpu",
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Code the events of `ExactEvents`, all ``[n_channels, n_frames, 3]``: 32-bit words, lane after
+    lane, and how many each lane has. Frame ``t`` belongs to lane ``t % lanes``; a lane starts with
+    its final state, high word first. `ValueError` for other than 1 to `LANES` lanes.
+    """
+    for array, dtype, name in ((starts, np.uint32, "starts"), (sizes, np.uint32, "sizes"),
+                               (bits, np.uint8, "bits")):  # fmt: skip
+        _check(array, dtype, 3, name)
+    if not starts.shape == sizes.shape == bits.shape or bits.shape[2] != 3:
+        raise ValueError("events do not have one shape")
+    if not 1 <= lanes <= LANES:
+        raise ValueError(f"{lanes} lanes are not between 1 and {LANES}")
+    words, lengths = backend(on, "exact").exact_encode(starts, sizes, bits, lanes)
+    return words, lengths
+
+
+class ExactDecoder:
+    """The coder of exact values read backwards: `decode` gives group after group.
+
+    ``words``: uint32, ``lengths``: uint32 ``[lanes]``, as `exact_encode` made them. Any words are
+    safe to decode.
+    """
+
+    def __init__(
+        self, words: NDArray[np.uint32], lengths: NDArray[np.uint32],
+        cumulative: NDArray[np.uint32], on: str = "cpu",
+    ) -> None:  # fmt: skip
+        """`ValueError` if there are not 1 to `LANES` lanes of two words or more."""
+        _check(words, np.uint32, 1, "words")
+        _check(lengths, np.uint32, 1, "lengths")
+        if not 1 <= len(lengths) <= LANES or int(lengths.min()) < 2:
+            raise ValueError("a lane has a state of two words")
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        if int(self._ends[-1]) != len(words):
+            raise ValueError("lengths do not add up to the words")
+        first = self._ends - lengths
+        self._states = words[first].astype(np.uint64) << np.uint64(32) | words[first + 1]
+        self._cursors = first + 2
+        self._words, self._cumulative, self._on = words, cumulative, on
+        self._genuine = bool((self._states >= 1 << exact.STATE_BITS).all()) and bool(
+            (self._states < 1 << (exact.STATE_BITS + 32)).all()
+        )
+        self._lookup = backend(on, "exact").exact_lookup(cumulative)
+
+    def decode(
+        self, group: ExactGroup, base: NDArray[np.int64],
+        angles: tuple[NDArray[np.int64], NDArray[np.int64]], means: NDArray[np.int64], form: Format,
+    ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:  # fmt: skip
+        """Patterns uint16 and regressors int64 of the next group, both ``[b, n]``."""
+        _check_exact(group, base, angles, means, self._cumulative)
+        patterns, regressors, genuine = backend(self._on, "exact").exact_decode(
+            group, base, angles, means, form, self._cumulative, self._lookup, self._words,
+            self._states, self._cursors, self._ends,
+        )  # fmt: skip
+        self._genuine &= genuine
+        return patterns, regressors
+
+    def ended(self) -> bool:
+        """Did all lanes end where and as a genuine stream ends?"""
+        at_start = bool((self._states == 1 << exact.STATE_BITS).all())
+        return self._genuine and at_start and bool((self._cursors == self._ends).all())
+
+
 def _check_model(
     tables: TokenTables, weights: NDArray[np.int32], match: NDArray[np.int32]
 ) -> None:
@@ -340,6 +520,30 @@ def _check_tokens(
     _check(leaves, np.int32, 1, "leaves")
     if len(ids) != len(leaves) or not 0 <= n_context <= len(leaves):
         raise ValueError("ids and leaves must be alike in length, and the context within them")
+
+
+def _check_exact(
+    group: ExactGroup, base: NDArray[np.int64],
+    angles: tuple[NDArray[np.int64], NDArray[np.int64]], means: NDArray[np.int64],
+    cumulative: NDArray[np.uint32],
+) -> None:  # fmt: skip
+    _check(base, np.int64, 2, "base")
+    n_channels, n_frames = base.shape
+    for name, array in zip(group._fields, group, strict=True):
+        _check(array, np.int64, 2 if name == "weights" else 1, name)
+        if array.shape != (n_channels,) * array.ndim:
+            raise ValueError(f"{name} are not those of {n_channels} channels")
+    _check(means, np.int64, 1, "means")
+    for array in angles:
+        _check(array, np.int64, 2, "angles")
+    if len(means) != n_frames or any(array.shape[1] != n_frames for array in angles):
+        raise ValueError(f"means or angles are not those of {n_frames} frames")
+    turned = group.pairs[group.pairs >= 0]
+    if (np.bincount(turned, minlength=1) % 2).any() or turned.max(initial=-1) >= len(angles[0]):
+        raise ValueError("pairs do not come in twos or have no angles")
+    _check(cumulative, np.uint32, 2, "cumulative")
+    if cumulative.shape != (exact.N_RATIOS * exact.N_PLACES, exact.N_SYMBOLS + 1):
+        raise ValueError("cumulative does not hold the frequencies of all tables")
 
 
 def _check(array: NDArray[np.generic], dtype: type, ndim: int, name: str) -> None:

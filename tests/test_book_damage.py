@@ -217,13 +217,15 @@ def _put(data: bytearray, offset: int, payload: bytes) -> int:
 
 
 def read_all(path: Path, book: Path | None) -> None:
+    """All snapshots in all their tiers."""
     with Archive(path, book=book) as archive:
-        for snapshot in archive:
-            for track in snapshot.tracks:
-                track.read(0, len(track.cells))
+        for number in range(len(archive)):
+            for tier in archive.record(number).layers:
+                for track in archive.snapshot(number, tier).tracks:
+                    track.read(0, len(track.cells))
 
 
-@pytest.mark.parametrize("name", ["lossy", "embedded"])
+@pytest.mark.parametrize("name", ["lossy", "embedded", "layered"])
 def test_bits_that_flip_behind_right_checksums(name: str, tmp_path: Path) -> None:
     source, path = VALID / f"{name}.tsc", tmp_path / "forged.tsc"
     rng = np.random.default_rng(0)
@@ -240,7 +242,7 @@ def test_bits_that_flip_behind_right_checksums(name: str, tmp_path: Path) -> Non
         rewritten(source, path, edit)
         try:
             with np.errstate(all="ignore"):
-                read_all(path, BOOK)
+                read_all(path, VALID / "layered.tscbook" if name == "layered" else BOOK)
             read += 1
         except TscError:
             pass

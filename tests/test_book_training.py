@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import SAMPLES
 
+from tscfile.books import product
 from tscfile.books import train as training
 from tscfile.books.book import Book
 from tscfile.books.checkpoint import Checkpoint
@@ -38,6 +39,8 @@ def text() -> Text:
 @pytest.fixture(autouse=True)
 def no_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding tiers is the slow part, and is tried on the whole book (`test_lossy`)."""
+    monkeypatch.setattr(product, "_LEAST_FRAMES", 512)
+    monkeypatch.setattr(product, "N_STAGES", 2)
     monkeypatch.setattr(training, "measure_tiers", lambda *args, **options: {})
 
 

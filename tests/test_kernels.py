@@ -392,3 +392,42 @@ def test_wrong_arguments_of_tokens_are_refused() -> None:
     refused(tables, weights, match, leaves, leaves, -1)
     refused(tables, weights, match, leaves, leaves + np.int32(8), 3)
     refused(tables, weights, match, leaves, leaves - np.int32(1), 3)
+
+
+# codebooks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k", "width"), [(1, 1, 1), (0, 5, 3), (5000, 256, 8), (33, 7, 64)])
+def test_nearest_centroids(n: int, k: int, width: int) -> None:
+    rng = np.random.default_rng(n + k)
+    vectors = rng.normal(size=(n, width)).astype(np.float32)
+    centroids = rng.normal(size=(k, width)).astype(np.float32)
+    found = [ops.nearest_centroids(vectors, centroids, on=on) for on in ops.BACKENDS]
+    distances = [np.square(vectors - centroids[each]).sum(axis=1) for each in found]
+    assert np.allclose(*distances, rtol=1e-4, atol=1e-5)
+    assert (found[0] == found[1]).mean() > 0.999 if n else not len(found[0])
+    # Of equals the first, on integers that nothing rounds.
+    whole = np.rint(centroids)
+    twice = np.concatenate([whole, whole])[:256]
+    for on in ops.BACKENDS:
+        assert (ops.nearest_centroids(np.rint(vectors), twice, on=on) < max(k, 1)).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 300])
+def test_gather_centroids(n: int) -> None:
+    rng = np.random.default_rng(n)
+    centroids = rng.normal(size=(4, 50, 6)).astype(np.float32)
+    columns = np.stack([rng.permutation(20)[:6] for _ in range(9)]).astype(np.int32)
+    books = rng.integers(0, 4, 9).astype(np.int32)
+    counts = rng.integers(0, 10, n)
+    codes = rng.integers(0, 50, int(counts.sum())).astype(np.uint8)
+    arguments = [codes, counts, books, columns, centroids]
+    found = [ops.gather_centroids(*arguments, 20, on=on) for on in ops.BACKENDS]
+    assert np.array_equal(*found) and found[0].shape == (n, 20)
+    bad = [(codes + np.uint8(206), 0), (counts + 1, 1), (books + 4, 2), (columns - 20, 3),
+           (columns + 15, 3), (centroids[:, :20], 4)]  # fmt: skip
+    for on in ops.BACKENDS if n == 300 else ():
+        for array, at in bad:
+            wrong = [*arguments[:at], np.ascontiguousarray(array), *arguments[at + 1 :]]
+            with pytest.raises(ValueError, match="not"):
+                ops.gather_centroids(*wrong, 20, on=on)

@@ -11,7 +11,8 @@ import pytest
 from conftest import REGENERATED, SAMPLES, SESSION, SESSION_BF16, TURNS
 
 import tscfile
-from tscfile.archive import Archive, is_exact
+from tscfile.archive import Archive
+from tscfile.archived_track import is_exact
 from tscfile.books.book import Book, load
 from tscfile.books.learn import learn
 from tscfile.books.measure import TARGETS
@@ -368,11 +369,15 @@ def test_appended_turns_are_what_one_encoding_gives(tmp_path: Path) -> None:
     assert report.plan == "truncate+append" and report.n_frames_kept == 228
 
 
-def test_a_lossless_save_takes_nothing_from_a_lossy_one(tmp_path: Path) -> None:
+def test_a_lossless_save_takes_nothing_from_a_lossy_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.tsc"
     tscfile.pack(TURNS[0], path, book=BOOK, identity=identity_from_gguf(MODEL))
-    report = tscfile.append(TURNS[1], path, tier="lossless", book=BOOK)
+    monkeypatch.setenv("TSC_BOOKS", str(BOOK.parent))
+    report = tscfile.append(TURNS[1], path, tier="lossless")
     assert report.n_frames_kept == 0 and report.n_frames_new == 170
+    monkeypatch.delenv("TSC_BOOKS")
     tscfile.unpack(path, tmp_path / "back.kv")
     assert (tmp_path / "back.kv").read_bytes() == TURNS[1].read_bytes()
     with Archive(path) as archive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
-from conftest import SAMPLES
+from conftest import ROOT, SAMPLES
 from tscfile_cli.main import main
 
 import tscfile
@@ -26,7 +27,7 @@ from tscfile.sources.llama_state import open_state, parse_state
 MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
 BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
 TEXT = (SAMPLES / "texts" / "inaugural-1957.txt").read_text(encoding="utf-8")
-N_PREDICT = 48
+N_PREDICT = 24
 N_TOKENS = 350
 
 
@@ -248,6 +249,41 @@ def test_options_of_unpack(
     wanted = ["--recompute", "--model", str(MODEL), "--as", "npz", "-o", str(npz)]
     assert main(["unpack", archive, *wanted, "--kv-type", "f16"]) == 0
     assert tscfile.sources.open_source(npz).tokens.tolist() == saved.tokens
+
+
+# --- how near it is -----------------------------------------------------------------------------
+
+
+def load_bench(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "bench" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_how_near_another_batch_and_another_engine_come() -> None:
+    """Faithful, not bit for bit: what `tests/bench/recompute.py` measures, on one window."""
+    pytest.importorskip("transformers")
+    from tscfile.quality.engine import Engine
+    from tscfile.quality.metrics import compare
+
+    bench, engine = load_bench("recompute"), Engine(MODEL)
+    tokens = engine.tokenize(TEXT)[:300]
+    cached, feed = tokens[:236], tokens[236:]
+    computed = engine.prefill(cached)
+    with Model(MODEL) as model:
+        saved, again, narrow = (
+            bench.in_llama_cpp(model, cached, computed.shape, **options)
+            for options in ({}, {}, {"n_batch": 17})
+        )
+    assert bench.differences(saved, again)["identical"] == 1
+    expected = engine.proceed(saved, feed[:-1], 236)
+    for other in (narrow, computed):
+        found = bench.differences(saved, other)
+        assert 0.3 < found["identical"] < 1 and found["largest_relative_error"] < 0.002
+        logits = engine.proceed(other, feed[:-1], 236)
+        assert 0 < compare(expected, logits, feed[1:]).kl.mean() < 1e-5
 
 
 # --- transformers -------------------------------------------------------------------------------

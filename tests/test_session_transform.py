@@ -15,7 +15,8 @@ from conftest import REGENERATED, SAMPLES, SESSION, SESSION_BF16, TURNS, MemoryT
 
 import tscfile
 from tscfile import blocks, session_learning
-from tscfile.archive import Archive, is_exact
+from tscfile.archive import Archive
+from tscfile.archived_track import is_exact
 from tscfile.bytestream import ByteReader, ByteWriter
 from tscfile.container.records import BASIS, ChunkHeader, checksum
 from tscfile.dtypes import DTYPES

@@ -20,6 +20,7 @@ import tscfile
 from tscfile import book_codec, lossy_coding, registry, temporal, tokens
 from tscfile.archive import Archive
 from tscfile.books import book as books
+from tscfile.books import product
 from tscfile.books.measure import TARGETS
 from tscfile.bytestream import ByteWriter
 from tscfile.container import reader, records
@@ -770,7 +771,8 @@ def test_books_are_as_their_page_says() -> None:
     assert needed == books._FACTS and "The first ten are needed" in text
     assert f"0 to {books._MAX_HISTORY} |" in text and f"at most {books._MAX_DECAYS}," in text
     assert f"−{books._MAX_LOG_STEP} to {books._MAX_LOG_STEP} |" in text
-    used = {name for name in books.load(BOOK).book.arrays if not name.startswith(books.IDS_PREFIX)}
+    others = (books.IDS_PREFIX, product.PREFIX)
+    used = {name for name in books.load(BOOK).book.arrays if not name.startswith(others)}
     assert used == set(books._SHAPES)
 
 
@@ -829,7 +831,7 @@ def test_codec_pages_have_the_same_headings() -> None:
         page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
         for page in (SPEC / "codecs").glob("*.md")
     }
-    assert len(headings) == 9
+    assert len(headings) == 10
     assert len({tuple(found) for found in headings.values()}) == 1, headings
 
 

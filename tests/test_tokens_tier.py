@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from conftest import REGENERATED, ROOT, SAMPLES, TURNS, make_snapshot, same_stat
 from tscfile_cli.main import main
 
 import tscfile
-from tscfile.archive import Archive, is_absent
+from tscfile.archive import Archive
+from tscfile.archived_track import is_absent
 from tscfile.container.records import BlockEntry
-from tscfile.errors import DamagedError, TscError, UnsupportedError, UsageError
+from tscfile.errors import DamagedError, MismatchError, TscError, UnsupportedError, UsageError
 from tscfile.identity import identity_from_gguf
 from tscfile.model import CellTable, ModelIdentity, Snapshot
 from tscfile.sources import open_source
@@ -210,6 +212,18 @@ def test_saves_that_no_prefill_gives_again(
     assert "\n" not in str(caught.value) and not (tmp_path / "bad.tsc").exists()
 
 
+def test_a_model_of_another_shape(tmp_path: Path, identity: ModelIdentity) -> None:
+    for facts, said in (({"n_layers": 1}, "2 layers"), ({"head_dim_k": 64}, "a row of k"),
+                        ({"vocab_size": 20}, "outside the model's")):
+        snapshot = make_snapshot(6, identity={"n_kv_heads": 1, **MADE["identity"], **facts})
+        with pytest.raises(MismatchError, match=said):
+            tscfile.pack(snapshot, tmp_path / "bad.tsc", tier="tokens")
+    with pytest.raises(MismatchError, match="the state has|the model's"):
+        small = make_snapshot(6, n_layers=8)
+        tscfile.pack(small, tmp_path / "bad.tsc", tier="tokens", identity=identity)
+    assert not (tmp_path / "bad.tsc").exists()
+
+
 def test_refusals_on_the_command_line(
     tmp_path: Path, series: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,9 +316,9 @@ def test_a_block_without_chunks_that_names_rows(
 
 def test_absent_frames_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that was never to be taken: `verify` finds it out."""
-    from tscfile import packing
+    from tscfile import coding
 
-    monkeypatch.setattr(packing, "check_recomputable", lambda snapshot: None)
+    monkeypatch.setattr(coding, "check_recomputable", lambda snapshot: None)
     for n, spoil in enumerate((_few_tokens, _media)):
         snapshot = make_snapshot(6, **MADE)
         spoil(snapshot)
@@ -328,3 +342,33 @@ def test_huge_claims_of_absent_frames(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(UsageError, match="not stored"):
             tscfile.unpack(path, tmp_path / "out.kv")
     assert not (tmp_path / "out.kv").exists() and not tscfile.verify(path).problems
+
+
+# --- the vector ---------------------------------------------------------------------------------
+
+
+def test_vector() -> None:
+    """The file that the specification keeps: read by its decoder and by tscfile."""
+    path = ROOT / "spec" / "vectors" / "valid" / "tokens.tsc"
+    expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert path.stat().st_size == expected["file_bytes"] and not tscfile.verify(path).problems
+    file = decoder_file(path)
+    n_rows = []
+    with tscfile.open(path) as archive:
+        for number, wanted in enumerate(expected["snapshots"]):
+            found, snapshot = file.snapshots[number], archive.snapshot(number)
+            assert (found["tier"], found["plan"]) == (wanted["tier"], wanted["plan"])
+            assert snapshot.tokens.tolist() == found["tokens"].tolist() == wanted["tokens"]
+            (track,), (mine,), (kept,) = snapshot.tracks, found["tracks"], wanted["tracks"]
+            rows = [tensor["rows"] for tensor in kept["tensors"]]
+            absent = [cell for cell, row in enumerate(rows[0]) if row is None]
+            assert snapshot.n_absent == len(absent) and mine["absent"] == absent
+            n_rows.append(len(rows[0]) - len(absent))
+            for cell in range(len(rows[0])):
+                if cell not in absent:
+                    parts = [part.tobytes().hex() for part in track.read(cell, cell + 1)]
+                    assert parts == [each[cell] for each in rows]
+    assert [each["tier"] for each in expected["snapshots"]] == [
+        "tokens", "tokens", "lossless", "tokens"
+    ]  # fmt: skip
+    assert n_rows == [0, 0, 16, 12]

@@ -27,6 +27,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .archive import Archive, Frames
     from .packing import PackReport, append, pack
+    from .product_coding import ProductOptions
     from .sources.hf_cache import from_cache, to_cache
     from .unpacking import StateOptions, unpack
     from .verification import VerifyReport, verify
@@ -39,6 +40,7 @@ __all__ = [
     "Frames",
     "MismatchError",
     "PackReport",
+    "ProductOptions",
     "StateOptions",
     "TruncatedError",
     "TscError",
@@ -58,6 +60,7 @@ _HOMES = {
     "Archive": "archive",
     "Frames": "archive",
     "PackReport": "packing",
+    "ProductOptions": "product_coding",
     "StateOptions": "unpacking",
     "VerifyReport": "verification",
     "append": "packing",

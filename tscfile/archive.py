@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, pipeline, registry, tokens, workers
-from .bytestream import Allowance, ByteReader
+from . import blocks, pipeline, registry, tokens
+from .archived_track import ArchivedTrack, is_absent
+from .bytestream import Allowance
 from .container.reader import Container
 from .container.records import (
     BASIS,
     BOOK,
     CHUNK,
+    CODEBOOKS,
     OPAQUE,
     SNAPSHOT,
     BlockEntry,
@@ -33,14 +35,15 @@ from .container.records import (
     TrackRecord,
     Trailer,
 )
-from .context import FrameContext
 from .entropy import zstd
 from .errors import DamagedError, UsageError
-from .model import NOT_STORED, CellTable, ModelIdentity, Snapshot, TensorSpec
+from .model import ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
     from .book_codec import BookCodec
     from .books.book import OpenBook
+    from .entropy.token_ids import TokenCoder
+    from .product_codec import ProductCodec
     from .session_codec import SessionCodec
 
 Rows = NDArray[np.uint8]
@@ -65,206 +68,6 @@ class Frames:
     values: NDArray[Any]
 
 
-class ArchivedTrack:
-    """A `tscfile.model.Track` whose frames are decoded from the archive when read."""
-
-    def __init__(
-        self, archive: Archive, record: TrackRecord, owner: SnapshotRecord, layer: int = -1
-    ) -> None:
-        """``layer``: the quality layer to read; the last of each block by default."""
-        self._archive = archive
-        self._owner = owner
-        self._layer = layer
-        self.cache = record.cache
-        self.stream = record.stream
-        self.attributes = record.attributes
-        self.tensors: Sequence[TensorSpec] = record.tensors
-        self.cells: CellTable = record.cells
-        self.runs = record.runs
-
-    def read(self, start: int, stop: int, tensors: Sequence[int] | None = None) -> list[Rows]:
-        """Frames ``start`` to ``stop``, uint8 ``[stop - start, row_bytes]`` for each tensor.
-
-        Decodes the chunks that hold them and no others, on all cores. `IndexError` if the frames
-        are not in the track, `DamagedError` if the archive does not hold what it says.
-        """
-        self._check_range(start, stop)
-        self._check_stored(start, stop)
-        chosen = list(range(len(self.tensors)) if tensors is None else tensors)
-        out = [np.empty((stop - start, self.tensors[i].row_bytes), np.uint8) for i in chosen]
-        self._decode(start, stop, dict(zip(chosen, out, strict=True)))
-        return out
-
-    def read_into(self, start: int, stop: int, out: Sequence[Rows]) -> None:
-        """Like `read` of all tensors, into the arrays ``out``."""
-        self._check_range(start, stop)
-        self._check_stored(start, stop)
-        self._decode(start, stop, dict(enumerate(out)))
-
-    def _check_range(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= len(self.cells):
-            raise IndexError(f"frames {start} to {stop} of a track of {len(self.cells)}")
-
-    def _check_stored(self, start: int, stop: int) -> None:
-        at = 0
-        for run in self.runs if self.tensors else ():
-            inside = max(at, start) < min(at + run.count, stop)
-            if inside and is_absent(self._archive.block(run)):
-                raise UsageError(f"{self._archive.path}: {NOT_STORED}")
-            at += run.count
-
-    def absent_positions(self) -> NDArray[np.int32]:
-        """Positions of the frames that are not in the file, int32 ``[n]``."""
-        absent = [is_absent(self._archive.block(run)) for run in self.runs]
-        return self.cells.pos[np.repeat(absent, [run.count for run in self.runs]).astype(bool)]
-
-    def _decode(self, start: int, stop: int, out: dict[int, Rows]) -> None:
-        """Fill ``out``, arrays by tensor, with frames ``start`` to ``stop``."""
-
-        def decode(task: tuple[FrameRun, int, ChunkEntry]) -> None:
-            run, at, chunk = task
-            rows = self.decode(run, start + at, chunk)
-            for i, part in enumerate(rows, chunk.first_tensor):
-                if i in out:
-                    out[i][at : at + run.count] = part
-
-        workers.run(decode, self._tasks(start, stop, out))
-        if len(out) == len(self.tensors):
-            workers.run(self._check_block, self._whole_blocks(start, stop, out))
-
-    def decode(self, run: FrameRun, cell: int, chunk: ChunkEntry) -> list[Rows]:
-        """Rows of ``run``, whose first frame is cell ``cell``, from one chunk of its block."""
-        if chunk.codec not in registry.LOSSY:
-            rows = self._archive.decode(run.block, chunk, self.tensors)
-            return [part[run.first : run.first + run.count] for part in rows]
-        where, payloads = self.lossy_payloads(run.block, chunk)
-        context = self.context(cell, cell + run.count)
-        if chunk.codec == registry.SESSION_TRANSFORM:
-            codec = self.session_codec(payloads[0], where)
-            return codec.decode(payloads[0], self.tensors, run.first, context.pos, where)
-        return self.codec().decode(payloads, self.tensors, run.first, context, where)
-
-    def lossy_payloads(self, number: int, chunk: ChunkEntry) -> tuple[str, list[memoryview]]:
-        """A lossy chunk and those that it refines, the base first; they fit index, snapshot, and
-        book or basis."""
-        payloads = []
-        entry = self._archive.container.blocks[number]
-        for each in entry.chunks[: chunk.quality_layer + 1]:
-            where, payload = self._archive.chunk_payload(number, each)
-            header = ChunkHeader.read(ByteReader(payload, where))
-            self._archive.check_header(number, each, header, self.tensors, where)
-            payloads.append(payload)
-        codec = self.session_codec(payloads[0], where) if (
-            chunk.codec == registry.SESSION_TRANSFORM
-        ) else self.codec()  # fmt: skip
-        codec.check(self.tensors, where)
-        return where, payloads
-
-    def chunks(self, run: FrameRun) -> tuple[ChunkEntry, ...]:
-        """Those of the layer that is read. A block may have fewer: it is then read as it is."""
-        entry = self._archive.block(run)
-        layer = self._layer if self._layer < entry.n_layers else -1
-        return entry.layer(layer)
-
-    def session_codec(self, payload: memoryview, where: str) -> SessionCodec:
-        """What a chunk of codec 3 is decoded with."""
-        from .session_codec import basis_of
-
-        basis = basis_of(payload, where)
-        if basis not in self._archive.bases(self._owner):
-            raise DamagedError(f"{where}: is coded with a basis that its snapshot lacks; damaged")
-        return self._archive.session_codec(basis, where)
-
-    def codec(self) -> BookCodec:
-        """What the snapshot's book-coded chunks are decoded with."""
-        return self._archive.book_codec(self._owner)
-
-    def find_book(self) -> None:
-        """Find the book that the track's blocks need, if they do; raises as `codec` does."""
-        chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
-        if any(chunk.codec in registry.OF_BOOK for chunk in chunks):
-            self.codec()
-
-    @property
-    def tokens(self) -> NDArray[np.int32]:
-        """Token ids of the snapshot, int32 ``[n_tokens]``."""
-        return self._archive.tokens(self._owner.number)
-
-    def context(self, start: int, stop: int) -> FrameContext:
-        """What is known of cells ``start`` to ``stop`` without the payload."""
-        return FrameContext(self.cells.pos[start:stop], self.tokens)
-
-    def _whole_blocks(
-        self, start: int, stop: int, out: dict[int, Rows]
-    ) -> Iterator[tuple[int, list[Rows]]]:
-        """Blocks that were decoded whole, with their rows."""
-        at = 0
-        for run in self.runs:
-            first, last = at - start, at + run.count - start
-            entry = self._archive.block(run)
-            is_whole = run.count == entry.n_frames and are_exact(self.chunks(run))
-            if first >= 0 and last <= stop - start and is_whole:
-                yield run.block, [out[i][first:last] for i in range(len(out))]
-            at += run.count
-
-    def is_exact(self) -> bool:
-        """Are all rows the very ones that were packed?"""
-        entries = [(self._archive.block(run), self.chunks(run)) for run in self.runs]
-        return all(not is_absent(entry) and are_exact(chunks) for entry, chunks in entries)
-
-    def check_block(self, number: int) -> None:
-        """Decode a whole block of the track; `DamagedError` if it is not what was packed."""
-        entry = self._archive.container.blocks[number]
-        if is_absent(entry):
-            return
-        if is_exact(entry):
-            decoded = (self._archive.decode(number, c, self.tensors) for c in entry.layer(-1))
-            self._archive.check_content(number, [part for rows in decoded for part in rows])
-        lossy = [chunk for chunk in entry.chunks if chunk.codec in registry.LOSSY]
-        if not lossy:
-            return
-        where, payloads = self.lossy_payloads(number, lossy[-1])
-        if not is_exact(entry) and blocks.opaque_id(*payloads) != entry.content_id:
-            raise DamagedError(f"{where}: is not what was packed; damaged")
-        if lossy[-1].codec == registry.SESSION_TRANSFORM:
-            self.session_codec(payloads[0], where).integers(payloads[0], where)
-        else:
-            self.codec().read(payloads, where)
-
-    def _check_block(self, task: tuple[int, list[Rows]]) -> None:
-        number, rows = task
-        self._archive.check_content(number, rows)
-
-    def _tasks(
-        self, start: int, stop: int, wanted: Collection[int]
-    ) -> Iterator[tuple[FrameRun, int, ChunkEntry]]:
-        """Chunks to decode: the part of a run that is asked for, where it goes, the chunk."""
-        at = 0
-        for run in self.runs:
-            first, last = max(at, start), min(at + run.count, stop)
-            if first < last:
-                part = FrameRun(run.block, run.first + first - at, last - first)
-                for chunk in self.chunks(run):
-                    tensors = range(chunk.first_tensor, chunk.first_tensor + chunk.n_tensors)
-                    if any(tensor in wanted for tensor in tensors):
-                        yield part, first - start, chunk
-            at += run.count
-
-
-def is_exact(block: BlockEntry) -> bool:
-    """Does the last layer of a block give back the very rows that were packed?"""
-    return not is_absent(block) and are_exact(block.layer(-1))
-
-
-def are_exact(chunks: Sequence[ChunkEntry]) -> bool:
-    return all(chunk.codec not in registry.LOSSY for chunk in chunks)
-
-
-def is_absent(block: BlockEntry) -> bool:
-    """Are the frames of a block not in the file, but to be computed again?"""
-    return not block.chunks and block.content_id == blocks.NO_ID
-
-
 class Archive:
     """A ``.tsc`` file opened for reading. Use it as a context manager, or `close` it.
 
@@ -280,6 +83,8 @@ class Archive:
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
+        self._products: dict[int, ProductCodec] = {}
+        self._session_products: dict[int, ProductCodec] = {}
         self._bases: dict[int, RecordRef] | None = None
         self._session_codecs: dict[int, SessionCodec] = {}
         self._lock = threading.RLock()
@@ -507,6 +312,36 @@ class Archive:
             self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
         return self._codecs[record.number]
 
+    def token_coder(self, record: SnapshotRecord) -> TokenCoder | None:
+        """What token ids of a snapshot with a book are coded with."""
+        return self._book(record.coding, f"{self.path}: snapshot {record.number}").token_coder
+    def book_product(self, record: SnapshotRecord) -> ProductCodec:
+        """The codec of the codebooks in a snapshot's book; raises as `book_codec` does, and
+        `UsageError` if the book has none."""
+        from .product_codec import BookDomain, ProductCodec
+
+        with self._lock:
+            if record.number not in self._products:
+                codec = self.book_codec(record)
+                self._products[record.number] = ProductCodec(BookDomain(codec, self.path))
+            return self._products[record.number]
+
+    def session_product(self, codebooks: int, where: str) -> ProductCodec:
+        """The codec of codebooks that the file holds; `DamagedError` if it does not."""
+        from .product_codec import ProductCodec
+        from .product_session import SessionCodes
+
+        with self._lock:
+            if codebooks not in self._session_products:
+                ref = self._container.by_checksum(CODEBOOKS).get(codebooks)
+                if ref is None:
+                    raise DamagedError(f"{where}: its codebooks are not in the file; damaged")
+                payload = self._container.read(ref, CODEBOOKS, codebooks)
+                place = f"{self.path}: codebooks at offset {ref.offset}"
+                found = ProductCodec(SessionCodes.read(payload, place))
+                self._session_products[codebooks] = found
+            return self._session_products[codebooks]
+
     def _book(self, coding: dict[str, Any], where: str) -> OpenBook:
         """The book that a snapshot's coding names."""
         wanted = coding.get("book")
@@ -584,7 +419,9 @@ class Archive:
             if layer is None or chunk.quality_layer <= layer
         )  # fmt: skip
         total += sum(entry.ref.length for entry in record.opaque)
-        total += sum(ref.length for ref in self._bases_of(record))
+        total += sum(ref.length for ref in self.basis_records(record))
+        held = self._container.by_checksum(CODEBOOKS)
+        total += sum(held[key].length for key in set(self.codebooks(record)) if key in held)
         ancestor: int | None = record.number
         while ancestor is not None:
             total += self._container.snapshots[ancestor].length
@@ -593,17 +430,25 @@ class Archive:
 
     def bases(self, record: SnapshotRecord) -> list[int]:
         """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
-        names = record.coding.get("bases", [])
+        return self._ids(record, "bases", "a basis")
+
+    def codebooks(self, record: SnapshotRecord) -> list[int]:
+        """Ids of the codebooks of the file that a snapshot's blocks of codec 6 are coded with, the
+        newest last."""
+        return self._ids(record, "codebooks", "codebooks")
+
+    def _ids(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
+        names = record.coding.get(key, [])
         if not isinstance(names, list) or not all(
             isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
         ):
             raise DamagedError(
-                f"{self.path}: snapshot {record.number} names a basis in an unknown way; damaged"
+                f"{self.path}: snapshot {record.number} names {what} in an unknown way; damaged"
             )
         return [int(name, 16) for name in names]
 
-    def _bases_of(self, record: SnapshotRecord) -> set[RecordRef]:
-        """Records of those bases and of all that they extend."""
+    def basis_records(self, record: SnapshotRecord) -> set[RecordRef]:
+        """Records of a snapshot's bases and of all that they extend."""
         where = f"{self.path}: snapshot {record.number}"
         chains = [self._basis_chain(basis, where) for basis in self.bases(record)]
         return {ref for chain in chains for _, ref in chain}
@@ -649,7 +494,7 @@ class Archive:
                 # One chunk of all tensors; what refines needs what it refines below it.
                 below = {chunk.codec for chunk in by_layer[number - 1]} if number else set()
                 refines = codecs == {registry.BOOK_REFINEMENT}
-                fits = bool(below) and below <= registry.OF_BOOK if refines else not number
+                fits = bool(below) and below <= registry.BOOK_LOSSY if refines else not number
                 whole = whole and fits and len(chunks) == 1
             else:
                 whole = whole and number == block.n_layers - 1

@@ -19,7 +19,7 @@ MOST_CHUNK_BYTES = 8 << 20
 """Raw bytes of any chunk at most: readers take that much from a file of any size."""
 
 MOST_LOSSY_BYTES = 32 << 20
-"""Raw bytes of a chunk of codec 3, which holds all tensors of its frames."""
+"""Raw bytes of a chunk of a lossy codec at most: it holds all tensors of its frames."""
 
 NO_ID = bytes(ID_BYTES)
 """The logical id of frames that have none, and the content id of a block that stores nothing."""

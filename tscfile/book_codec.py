@@ -12,7 +12,8 @@ the newest ones, which what comes next attends to most.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,7 @@ from .transforms.rope import HALVES, NEIGHBOURS
 
 if TYPE_CHECKING:
     from .entropy.token_ids import TokenCoder
+    from .exact_codec import ExactCodec
 
 Rows = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -106,6 +108,30 @@ class BookCodec:
     def token_coder(self) -> TokenCoder | None:
         return self._opened.token_coder
 
+    @cached_property
+    def exact(self) -> ExactCodec | None:
+        """What codes exactly with this book; None for one without tables for that. `DamagedError`
+        for tables that are none."""
+        from .exact_codec import ExactCodec
+        from .exact_tables import PREFIX, ExactTables
+
+        book = self.book
+        if not any(name.startswith(PREFIX) for name in book.arrays):
+            return None
+        tables = ExactTables(
+            book.arrays, book.exact_order, book.token_vectors, book.token_scales,
+            f"book {self.id[:16]}",
+        )  # fmt: skip
+        return ExactCodec(tables, book.inv_freq, self.pairing)
+
+    def decode_exact(
+        self, payload: memoryview, tensors: Sequence[TensorSpec], where: str
+    ) -> list[Rows]:
+        """All rows of a chunk that is coded exactly."""
+        if self.exact is None:
+            raise DamagedError(f"{where}: its book has no tables for exact coding; damaged")
+        return self.exact.decode(payload, tensors, where)
+
     @property
     def head_dim(self) -> int:
         return int(self.book.facts["book.head_dim"])
@@ -136,25 +162,53 @@ class BookCodec:
         ``layers``: for each quality layer, the base first, int32 ``[n]``, see `steps_of`; from
         layer to layer finer, and by the same in all frames.
         """
-        residual = self._residual(rows, tensors, context)
+        residual = self.residual(rows, tensors, context)
         writers = [ByteWriter() for _ in layers]
         for start, stop in _runs(layers[0]):
             below = None
             for writer, steps in zip(writers, layers, strict=True):
                 below = self._encode(writer, residual[start:stop], int(steps[start]), below)
-        row_bytes = tuple(part.shape[1] for part in rows)
-        chunks = []
-        for number, writer in enumerate(writers):
-            codec = registry.BOOK_REFINEMENT if number else registry.BOOK_TRANSFORM
-            dtype_id = tensors[0].dtype.ggml_id
-            header = ChunkHeader(codec, number, len(rows[0]), 0, dtype_id, row_bytes)
-            chunks.append(EncodedChunk(header, writer.bytes()))
-        return chunks
+        return _chunks(writers, len(rows[0]), tensors)
+
+    def join(
+        self, parts: Sequence[tuple[Sequence[memoryview], int, int]],
+        tensors: Sequence[TensorSpec], where: str,
+    ) -> list[EncodedChunk]:  # fmt: skip
+        """Frames of several blocks as one block, their integers as they are.
+
+        ``parts``: of each block the payloads of its layers, as many in all, the first frame that is
+        taken of it and how many are.
+        """
+        frames: list[list[_Integers]] = []
+        for payloads, first, count in parts:
+            layers = self._layers(payloads, where)
+            stop = 0
+            for segments_of_layers in zip(*layers, strict=True):
+                start, stop = stop, stop + len(segments_of_layers[0].values)
+                span = slice(max(first - start, 0), max(first + count - start, 0))
+                found = [replace(each, values=each.values[span]) for each in segments_of_layers]
+                if not len(found[0].values):
+                    continue
+                steps = [each.log_step for each in found]
+                if frames and steps == [each.log_step for each in frames[-1]]:
+                    both = zip(frames.pop(), found, strict=True)
+                    found = [
+                        replace(a, values=np.concatenate([a.values, b.values])) for a, b in both
+                    ]
+                frames.append(found)
+        writers = [ByteWriter() for _ in frames[0]]
+        for found in frames:
+            below = None
+            for writer, each in zip(writers, found, strict=True):
+                self._write(writer, each, below)
+                below = each
+        return _chunks(writers, sum(count for _, _, count in parts), tensors)
 
     def _encode(
         self, writer: ByteWriter, residual: Floats, step: int, below: _Integers | None
     ) -> _Integers:
-        """Append a segment; ``below``: the same frames in the layer below, None in the base."""
+        """Quantize and append a segment; ``below``: the same frames in the layer below, None in the
+        base."""
         counts = self.book.stored(step)
         columns = self.book.columns(counts)
         scaled = self.book.analyse(residual, counts)
@@ -164,15 +218,26 @@ class BookCodec:
         if below is None:
             classes = ladder.class_of(self.book.log_sigmas, step)[columns]
             values = uniform.quantize(scaled, self._lengths, classes)
+        else:
+            centres, classes = self._expect(below, step)
+            apart = uniform.quantize(scaled - centres.astype(np.float32), self._lengths, classes)
+            values = (centres + apart).astype(np.int32)
+        found = _Integers(step, counts, values)
+        self._write(writer, found, below)
+        return found
+
+    def _write(self, writer: ByteWriter, integers: _Integers, below: _Integers | None) -> None:
+        step, values = integers.log_step, integers.values
+        if below is None:
+            columns = self.book.columns(integers.counts)
+            classes = ladder.class_of(self.book.log_sigmas, step)[columns]
             segments.encode(writer, values, step, classes, self.book.frequencies)
-            return _Integers(step, counts, values)
+            return
         centres, classes = self._expect(below, step)
-        apart = uniform.quantize(scaled - centres.astype(np.float32), self._lengths, classes)
-        writer.uvarint(len(apart)).pack("h", step)
+        writer.uvarint(len(values)).pack("h", step)
         # Every value has a class of its own.
-        flat = apart.reshape(1, -1), classes.reshape(-1)
-        segments.write_values(writer, *flat, self.book.frequencies)
-        return _Integers(step, counts, (centres + apart).astype(np.int32))
+        apart = (values - centres).astype(np.int32).reshape(1, -1)
+        segments.write_values(writer, apart, classes.reshape(-1), self.book.frequencies)
 
     def _expect(
         self, below: _Integers, step: int
@@ -210,6 +275,15 @@ class BookCodec:
     def read(self, payloads: Sequence[memoryview], where: str) -> list[Segment]:
         """The integers of a whole block at the last of the layers; `DamagedError` if they are no
         layers of one block."""
+        found: list[Segment] = []
+        for each in self._layers(payloads, where)[-1]:
+            start = found[-1].stop if found else 0
+            step = 2.0 ** (each.log_step / ladder.UNITS_PER_OCTAVE)
+            found.append(Segment(start, start + len(each.values), step, each.counts, each.values))
+        return found
+
+    def _layers(self, payloads: Sequence[memoryview], where: str) -> list[list[_Integers]]:
+        """Segments of each layer of a whole block; all layers have the same frames in them."""
         reader = ByteReader(payloads[0], where)
         n_frames = ChunkHeader.read(reader).n_frames
         integers: list[_Integers] = []
@@ -221,17 +295,13 @@ class BookCodec:
             integers.append(_Integers(log_step, self.book.stored(log_step), values))
             start += len(values)
         reader.end()
+        layers = [integers]
         for payload in payloads[1:]:
             reader = ByteReader(payload, where)
             ChunkHeader.read(reader)
-            integers = [self._refine(reader, below) for below in integers]
+            layers.append([self._refine(reader, below) for below in layers[-1]])
             reader.end()
-        found: list[Segment] = []
-        for each in integers:
-            start = found[-1].stop if found else 0
-            step = 2.0 ** (each.log_step / ladder.UNITS_PER_OCTAVE)
-            found.append(Segment(start, start + len(each.values), step, each.counts, each.values))
-        return found
+        return layers
 
     def _refine(self, reader: ByteReader, below: _Integers) -> _Integers:
         """The next segment of a refinement, which is of the frames of ``below``."""
@@ -251,7 +321,7 @@ class BookCodec:
         tensors: Sequence[TensorSpec], context: FrameContext, where: str,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Which frames ``rows`` lie within `MAX_DELTA` steps of what is stored, bool ``[n]``."""
-        residual = self._residual(rows, tensors, context)
+        residual = self.residual(rows, tensors, context)
         near = np.zeros(len(residual), bool)
         for place, segment, values in _within(self.read(payloads, where), first, len(near)):
             new = self.book.analyse(residual[place], segment.counts)
@@ -259,7 +329,7 @@ class BookCodec:
             near[place] = (apart <= MAX_DELTA * segment.step).all(axis=1)
         return near
 
-    def _residual(
+    def residual(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext
     ) -> Floats:
         """What the tokens do not say of the frames, float32 ``[n, C]``."""
@@ -277,6 +347,20 @@ class BookCodec:
 MAX_DELTA = 2.0
 """Steps by which a coefficient may differ for a frame of the same tokens to count as the stored
 one. Rounding for rate alone moves one by up to one and a half."""
+
+
+def _chunks(
+    writers: Sequence[ByteWriter], n_frames: int, tensors: Sequence[TensorSpec]
+) -> list[EncodedChunk]:
+    """What was written of each layer, as chunks of all tensors."""
+    row_bytes = tuple(tensor.row_bytes for tensor in tensors)
+    chunks = []
+    for number, writer in enumerate(writers):
+        codec = registry.BOOK_REFINEMENT if number else registry.BOOK_TRANSFORM
+        dtype_id = tensors[0].dtype.ggml_id
+        header = ChunkHeader(codec, number, n_frames, 0, dtype_id, row_bytes)
+        chunks.append(EncodedChunk(header, writer.bytes()))
+    return chunks
 
 
 def size_lengths(frequencies: NDArray[np.uint16]) -> NDArray[np.float32]:

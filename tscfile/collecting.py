@@ -27,6 +27,7 @@ from .conversations import (
 from .errors import MismatchError, TscError, UsageError
 from .model import ModelIdentity
 from .packing import PackReport, append, pack
+from .product_coding import ProductOptions
 from .sources import identity_for, open_source
 from .staging import staging
 
@@ -47,6 +48,7 @@ class PackOptions:
     embed_book: bool = False
     target_kl: float | None = None
     target_ratio: float | None = None
+    product: ProductOptions | None = None
     identity: ModelIdentity | None = None
     wait: bool = True
 
@@ -200,8 +202,8 @@ def take_in(
         )  # fmt: skip
     return pack(
         snapshot, archive, tier=options.tier, book=options.book, embed_book=options.embed_book,
-        target_kl=options.target_kl, target_ratio=options.target_ratio, identity=identity,
-        name=name, progress=progress,
+        target_kl=options.target_kl, target_ratio=options.target_ratio, product=options.product,
+        identity=identity, name=name, progress=progress,
     )  # fmt: skip
 
 

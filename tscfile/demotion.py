@@ -7,14 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from . import blocks, files
+from . import files
 from .archive import Archive
-from .bytestream import ByteReader
-from .container.records import OPAQUE, ChunkHeader, RecordRef, SnapshotRecord
-from .container.writer import ContainerWriter, EncodedChunk
+from .container.records import SnapshotRecord
+from .container.writer import ContainerWriter
 from .errors import DamagedError, UsageError
+from .rewriting import Copier
 from .tiers import TIERS, TOKENS, tier_from_name
 from .tokens_tier import check_recomputable
 
@@ -60,9 +58,11 @@ def demote(
         with files.new_file(out, force=force) as fd:
             writer = ContainerWriter(fd)
             writer.copy_extras(archive.container)
+            copier = Copier(archive, writer, progress)
             for number, n_layers in enumerate(kept):
-                _copy_block(archive, writer, number, n_layers, progress)
-            _copy_snapshots(archive, writer, records, tops)
+                copier.block(number, n_layers)
+            for record, top in zip(records, tops, strict=True):
+                copier.snapshot(_demoted(record, top), record.number)
             size = writer.commit()
         n_demoted = sum(top is not None for top in tops)
         return DemoteReport(len(records), n_demoted, archive.size, size)
@@ -102,51 +102,11 @@ def _layers_kept(
     return kept
 
 
-def _copy_block(
-    archive: Archive, writer: ContainerWriter, number: int, n_layers: int,
-    progress: Progress | None,
-) -> None:  # fmt: skip
-    entry = archive.container.blocks[number]
-    chunks, payloads = [], []
-    for chunk in entry.chunks:
-        if chunk.quality_layer < n_layers:
-            where, payload = archive.chunk_payload(number, chunk)
-            reader = ByteReader(payload, where)
-            header = ChunkHeader.read(reader)
-            chunks.append(EncodedChunk(header, bytes(reader.take(reader.remaining))))
-            payloads.append(payload)
-            if progress:
-                progress(len(payload))
-    content_id = entry.content_id
-    if len(chunks) < len(entry.chunks):
-        # Only the last layer can be exact, so what is left of a block with fewer is lossy.
-        content_id = blocks.opaque_id(*payloads) if chunks else blocks.NO_ID
-    writer.add_block(entry.n_frames, content_id, entry.logical_id, chunks)
-
-
-def _copy_snapshots(
-    archive: Archive, writer: ContainerWriter, records: list[SnapshotRecord],
-    tops: list[int | None],
-) -> None:  # fmt: skip
-    copied: dict[int, RecordRef] = {}
-    structures: list[bytes] = []
-    for record, top in zip(records, tops, strict=True):
-        opaque = []
-        for entry in record.opaque:
-            if entry.ref.offset not in copied:
-                body = bytes(archive.container.read(entry.ref, OPAQUE))
-                copied[entry.ref.offset] = writer.add_opaque(body)
-            opaque.append(replace(entry, ref=copied[entry.ref.offset]))
-        new = replace(record, opaque=opaque)
-        if top is not None:
-            new.tier = record.layers[top] if top >= 0 else TOKENS
-            new.coding = _coding(record, top)
-        # Tokens say something of a cell only where it has columns of its own.
-        has_columns = any(track.cells.ext.shape[1] for track in record.tracks)
-        tokens = archive.tokens(record.number) if has_columns else np.zeros(0, np.int32)
-        before = b"" if new.parent is None else structures[new.parent]
-        structures.append(new.structure(tokens))
-        writer.add_snapshot(new.write(tokens, before))
+def _demoted(record: SnapshotRecord, top: int | None) -> SnapshotRecord:
+    if top is None:
+        return record
+    tier = record.layers[top] if top >= 0 else TOKENS
+    return replace(record, tier=tier, coding=_coding(record, top))
 
 
 def _coding(record: SnapshotRecord, top: int) -> dict[str, Any]:

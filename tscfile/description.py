@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .archive import Archive, is_absent
+from .archive import Archive
+from .archived_track import is_absent
 from .container.records import BASIS, RecordRef, SnapshotRecord, TrackRecord
 from .model import TensorSpec, tensor_runs
 from .registry import CODEC_NAMES

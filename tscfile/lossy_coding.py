@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, registry, tokens
-from .archive import Archive, ArchivedTrack
+from .archive import Archive
+from .archived_track import ArchivedTrack
 from .container.records import FrameRun, SnapshotRecord, common_prefix
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
 from .model import Snapshot, Track
+from .product_coding import ProductOptions
 from .tiers import CUSTOM, Tier, tiers_from_names
 
 if TYPE_CHECKING:
@@ -38,16 +40,18 @@ _STRUCTURE_BYTES, _BLOCK_BYTES = 900, 120
 
 @dataclass(frozen=True)
 class Target:
-    """A quality or a size asked for in place of a tier's name; at most one of them."""
+    """A quality, a size or a quantizer asked for in place of a tier's name; at most one."""
 
     kl: float | None = None
     ratio: float | None = None
+    product: ProductOptions | None = None
 
     def tiers(self, names: str | Sequence[str] | None) -> list[Tier] | None:
         """The tiers called ``names``, or `CUSTOM` for a target; None if nothing was asked for."""
-        asked = [each for each in (names, self.kl, self.ratio) if each is not None]
+        choices = (names, self.kl, self.ratio, self.product)
+        asked = [each for each in choices if each is not None]
         if len(asked) > 1:
-            raise UsageError("give one of a tier, a target KL and a target ratio")
+            raise UsageError("give one of a tier, a target KL, a target ratio and a quantizer")
         if not asked:
             return None
         if not all(0 < each < math.inf for each in (self.kl or 1, self.ratio or 1)):
@@ -125,7 +129,7 @@ class BookCoder:
         run: FrameRun, archive: Archive,
     ) -> NDArray[np.bool_]:  # fmt: skip
         (chunk,) = archive.block(run).layer(-1)
-        if chunk.codec not in registry.OF_BOOK or not self._codec.reads(old.codec()):
+        if chunk.codec not in registry.BOOK_LOSSY or not self._codec.reads(old.codec()):
             # Every save has one book.
             return np.zeros(stop - start, bool)
         where, payloads = old.lossy_payloads(run.block, chunk)
@@ -306,15 +310,12 @@ class SessionCoder:
 
     def _newest(self, track: Track, turn: KeyTurn | None) -> SessionCodec | None:
         """The codec of the last of the parent's bases that is for these tensors."""
+        from .session_basis import same_turn
+
         for number in reversed(self._old_bases):
             assert self._archive is not None
             codec = self._archive.session_codec(number, self._archive.path)
-            known = codec.basis.turn
-            same = known == turn if known is None or turn is None else (
-                (known.head_dim, known.pairing) == (turn.head_dim, turn.pairing)
-                and np.array_equal(known.inv_freq, turn.inv_freq)
-            )  # fmt: skip
-            if same and codec.basis.fits(track.tensors):
+            if same_turn(codec.basis.turn, turn) and codec.basis.fits(track.tensors):
                 return codec
         return None
 

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from . import blocks, files, pipeline, temporal, tokens, workers
-from .archive import Archive, ArchivedTrack, is_absent, is_exact
-from .container.records import (
-    MAX_BLOCK_FRAMES,
-    FrameRun,
-    OpaqueEntry,
-    SnapshotRecord,
-    TrackRecord,
-    common_prefix,
-    logical_seed,
-)
-from .container.writer import ContainerWriter, EncodedChunk
-from .entropy import zstd
-from .errors import MismatchError, TscError, UsageError
+from . import files, temporal
+from .archive import Archive
+from .coding import Coding, choose
+from .container.writer import ContainerWriter
+from .errors import MismatchError
 from .identity import compare
-from .lossy_coding import (
-    BookCoder,
-    LossyCoder,
-    SessionCoder,
-    Target,
-    is_step,
-    step_of_ratio,
-)
-from .model import ModelIdentity, Snapshot, Track
+from .locking import locked
+from .lossy_coding import Target
+from .model import ModelIdentity, Snapshot
+from .planning import Planned, choose_parent, plan
+from .product_coding import ProductOptions
 from .sources import open_source
-from .tiers import CUSTOM, DEFAULT_BOOK_TIER, DEFAULT_TIER, Tier, tiers_from_names
-from .tokens_tier import TokensCoder, check_recomputable
-
-_MOST_DENSE = 4 << 20
-"""Opaque bytes that may be packed to less than half."""
+from .storing import store
+from .tiers import DEFAULT_BOOK_TIER, DEFAULT_TIER, tiers_from_names
 
 Source = str | os.PathLike[str] | Snapshot
 Progress = Callable[[int], None]
@@ -55,6 +34,8 @@ class PackReport:
     ``n_frames_changed`` counts new frames of tokens that the parent has too: the source computed
     them again with other rows. ``bytes_added`` and ``file_bytes`` are
     sizes in the archive, ``raw_bytes`` the rows of the snapshot at their source types.
+    ``n_frames_exact``, ``exact_bytes``: new frames that product quantization kept as they are, and
+    their bytes; None where it was given no threshold.
     """
 
     snapshot: int
@@ -69,6 +50,8 @@ class PackReport:
     raw_bytes: int
     bytes_added: int
     file_bytes: int
+    n_frames_exact: int | None = None
+    exact_bytes: int | None = None
 
 
 def pack(
@@ -80,6 +63,7 @@ def pack(
     embed_book: bool = False,
     target_kl: float | None = None,
     target_ratio: float | None = None,
+    product: ProductOptions | None = None,
     identity: ModelIdentity | None = None,
     name: str | None = None,
     force: bool = False,
@@ -90,9 +74,11 @@ def pack(
     ``source``: a cache file or a `Snapshot`. ``tier``: `tscfile.tiers.TIERS`; "balanced" by
     default where a ``book`` is given, else "lossless". Several, the coarsest first, are stored as
     quality layers, each as what the one below lacks. Without a book a lossy tier learns from the
-    snapshot itself. ``embed_book``: put the book into the archive, which then needs no other file.
+    snapshot itself; "tokens" stores no frames and needs the fingerprint of the weights.
+    ``embed_book``: put the book into the archive, which then needs no other file.
     ``target_kl`` (nats), ``target_ratio``: in place of a tier, the step that the book expects to
-    have this KL, or the finest that makes the archive so small. ``identity``: what is known of the
+    have this KL, or the finest that makes the archive so small. ``product``: in place of a tier,
+    product quantization. ``identity``: what is known of the
     model (`tscfile.identity.identity_from_gguf`). ``progress`` is called with the raw bytes done.
     Raises `UsageError` if ``path`` exists and ``force`` is not given, the source's errors, and
     `OSError`; whatever is raised, ``path`` is as it was.
@@ -103,20 +89,20 @@ def pack(
     >>> report.plan, report.n_tokens, report.n_frames_new
     ('keyframe', 400, 400)
     """
-    target = Target(target_kl, target_ratio)
+    target = Target(target_kl, target_ratio, product)
     default = DEFAULT_BOOK_TIER if book else DEFAULT_TIER
     chosen = target.tiers(tier) or tiers_from_names(default)
     snapshot, label = _open(source, name)
     identify(snapshot, identity)
-    coder = _coder(chosen, book, snapshot, target)
+    coding = choose(chosen, book, snapshot, target)
     with files.new_file(path, force=force) as fd:
         writer = ContainerWriter(fd)
-        planned = _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
-        if coder is not None and book is not None and embed_book:
+        planned = Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
+        if coding.facts() and book is not None and embed_book:
             writer.add_book(Path(book).read_bytes())
-        number = _store(writer, snapshot, planned, chosen, coder, label, None, progress)
+        number = store(writer, snapshot, planned, coding, label, None, progress)
         size = writer.commit()
-    return _report(number, chosen, snapshot, planned, size, size)
+    return _report(number, coding, snapshot, planned, size, size)
 
 
 def append(
@@ -133,24 +119,25 @@ def append(
     """Add a later save of the same conversation to the archive ``path``.
 
     Only frames that are not in the file yet are stored; a lossless save takes nothing from lossy
-    blocks. ``tier`` is that of the parent by default, ``book`` where a lossy tier's book is. The
-    new commit goes behind what is there; if anything is raised the file is cut back to it.
+    blocks, and only one of tier "tokens" goes without frames that the file does not have. ``tier``
+    is that of the parent by default, ``book`` where a lossy tier's book is. The new commit goes
+    behind what is there; if anything is raised the file is cut back to it.
 
     Raises `MismatchError` for a save of another conversation or another model, `TscError` if
     ``wait`` is False and another process is appending.
     """
     snapshot, label = _open(source, name)
-    with _locked(path, wait) as fd, Archive(path, book=book) as archive:
-        parent, n_common = _choose_parent(archive, snapshot.tokens)
+    with locked(path, wait) as fd, Archive(path, book=book) as archive:
+        parent, n_common = choose_parent(archive, snapshot.tokens)
         old = archive.record(parent) if parent is not None else None
         identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tiers_from_names(tier or (old.layers if old else DEFAULT_TIER))
-        coder = _coder(chosen, book, snapshot, Target(), archive if old else None, old)
-        planned = _plan(archive, snapshot, parent, n_common, chosen, coder)
+        coding = choose(chosen, book, snapshot, Target(), archive, old)
+        planned = plan(archive, snapshot, parent, n_common, coding)
         before = archive.container.whole_end
         try:
             writer = ContainerWriter(fd, archive.container)
-            number = _store(writer, snapshot, planned, chosen, coder, label, archive, progress)
+            number = store(writer, snapshot, planned, coding, label, archive, progress)
             size = writer.commit()
         except BaseException as error:
             # Where that fails too, what is left is torn; the first error is the one to be told.
@@ -159,70 +146,7 @@ def append(
             if isinstance(error, OSError):
                 files.name_file(error, path)
             raise
-    return _report(number, chosen, snapshot, planned, size, size - before)
-
-
-@dataclass
-class _Planned:
-    """The parent, if there is one, and where each track's frames come from."""
-
-    parent: int | None
-    n_parent_cells: int | None
-    tracks: list[temporal.TrackPlan]
-    n_tokens_common: int = 0
-
-    def __post_init__(self) -> None:
-        # Counted now: storing a frame makes it one that the file has.
-        self.n_new = sum(plan.n_new for plan in self.tracks)
-        self.is_new = [plan.block < 0 for plan in self.tracks]
-        self.name = temporal.name_plan(self.tracks, self.n_parent_cells or 0)
-
-
-def _coder(
-    tiers: Sequence[Tier],
-    book: str | os.PathLike[str] | None,
-    snapshot: Snapshot,
-    target: Target,
-    archive: Archive | None = None,
-    parent: SnapshotRecord | None = None,
-) -> LossyCoder | None:
-    """What the lossy tiers code with: the book given, that of the ``parent`` in ``archive``, or
-    what the snapshot itself teaches; None if there are none."""
-    lossy = [tier for tier in tiers if not tier.exact]
-    if not lossy:
-        return None
-    if lossy[0].codec is None:
-        check_recomputable(snapshot)
-    if book is not None:
-        from .book_codec import BookCodec
-        from .books.book import load
-
-        codec = BookCodec(load(book), snapshot.identity, os.fspath(book))
-    elif archive is not None and parent is not None and "book" in parent.coding:
-        codec = archive.book_codec(parent)
-    elif lossy[0].codec is None:
-        return TokensCoder()
-    else:
-        if target != Target():
-            raise UsageError("a target KL or ratio needs a book: give it with --book")
-        if len(lossy) > 1:
-            raise UsageError("more than one lossy tier needs a book: give it with --book")
-        if not lossy[0].tolerance:
-            raise UsageError(f"tier {lossy[0].name} needs a book: give it with --book")
-        return SessionCoder(lossy[0], archive, parent)
-    if lossy[0].codec is None:
-        return TokensCoder(codec)
-    if CUSTOM not in lossy:
-        return BookCoder(codec, [codec.book.tier(tier.name).log_step for tier in lossy])
-    if target.kl is not None:
-        log_step = codec.book.step_of_kl(target.kl)
-    elif target.ratio is not None:
-        log_step = step_of_ratio(codec, snapshot, target.ratio)
-    elif parent is not None and is_step(parent.coding.get("log_step")):
-        log_step = parent.coding["log_step"]
-    else:
-        raise UsageError("tier custom says no step; give a tier, a target KL or a target ratio")
-    return BookCoder(codec, [log_step])
+    return _report(number, coding, snapshot, planned, size, size - before)
 
 
 def _open(source: Source, name: str | None) -> tuple[Snapshot, str]:
@@ -248,229 +172,14 @@ def identify(
     snapshot.identity = known
 
 
-# --- planning ---------------------------------------------------------------------------------
-
-
-def _plan(
-    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int,
-    tiers: Sequence[Tier], coder: LossyCoder | None,
-) -> _Planned:  # fmt: skip
-    """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
-    if parent is None:
-        return _Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
-    if not n_common and len(snapshot.tokens) and len(archive.record(parent).ids):
-        raise MismatchError(
-            f"{archive.path}: the save shares no first token with any of its snapshots; "
-            "pack another conversation into a file of its own"
-        )
-    record = archive.record(parent)
-    old_tracks = {
-        (track.cache, track.stream): track
-        for track in (ArchivedTrack(archive, part, record) for part in record.tracks)
-    }
-    n_cells = sum(len(track.cells) for track in old_tracks.values())
-    layers = [tier.name for tier in tiers]
-
-    def plan(track: Track) -> temporal.TrackPlan:
-        if len(layers) > 1 and layers != record.layers:
-            # Its frames would not be there in every tier.
-            return temporal.store_all(len(track.cells))
-        return _plan_one(archive, old_tracks, track, snapshot, tiers, coder)
-
-    plans = [plan(track) for track in snapshot.tracks]
-    # Where the file has nothing yet, nothing can be in common.
-    if n_cells and not n_common and all(plan.n_new == len(plan.block) for plan in plans):
-        raise MismatchError(
-            f"{archive.path}: the save has no tokens and no frame in common with the file; "
-            "pack it into a file of its own"
-        )
-    return _Planned(parent, n_cells, plans, n_common)
-
-
-def _choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None, int]:
-    """The snapshot with the most leading tokens in common, the newest of equals, and how many."""
-    best: tuple[int | None, int] = (None, -1)
-    for number in range(len(archive)):
-        n_common = common_prefix(archive.tokens(number), ids)
-        if n_common >= best[1]:
-            best = (number, n_common)
-    return best[0], max(best[1], 0)
-
-
-def _plan_one(
-    archive: Archive,
-    old_tracks: dict[tuple[int, int], ArchivedTrack],
-    track: Track,
-    snapshot: Snapshot,
-    tiers: Sequence[Tier],
-    coder: LossyCoder | None,
-) -> temporal.TrackPlan:
-    old = old_tracks.get((track.cache, track.stream))
-    if old is None or [_layout(t) for t in old.tensors] != [_layout(t) for t in track.tensors]:
-        if old is not None and len(track.cells):
-            raise MismatchError(
-                f"{archive.path}: the save's layers or element types are not those of the file; "
-                "pack it into a file of its own"
-            )
-        return temporal.store_all(len(track.cells))
-
-    def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
-        entry = archive.block(run)
-        if len(tiers) > 1 and entry.n_layers != len(tiers):
-            return np.zeros(stop - start, bool)
-        if is_absent(entry) and not isinstance(coder, TokensCoder):
-            # There is nothing to compare with.
-            return np.zeros(stop - start, bool)
-        if is_exact(entry):
-            return _same_rows(archive, old, track, start, stop, run)
-        if coder is None or tiers[-1].exact:
-            # A lossless save takes nothing from a lossy one.
-            return np.zeros(stop - start, bool)
-        return coder.near(old, snapshot, track, start, stop, run, archive)
-
-    return temporal.plan_track(old.cells, old.runs, track.cells, same)
-
-
-def _layout(tensor: object) -> tuple[object, ...]:
-    keys = ("layer", "role", "dtype", "row_bytes", "rotation")
-    return tuple(getattr(tensor, key) for key in keys)
-
-
-def _same_rows(
-    archive: Archive, old: ArchivedTrack, track: Track, start: int, stop: int, run: FrameRun
-) -> NDArray[np.bool_]:
-    """Which frames ``start`` to ``stop`` of ``track`` are those of ``run``, row by row."""
-    block = archive.block(run)
-    new_rows = track.read(start, stop)
-    if run.count == block.n_frames and blocks.content_id(new_rows) == block.content_id:
-        # The usual case, settled without decoding.
-        return np.ones(run.count, bool)
-    equal = np.ones(run.count, bool)
-    for chunk in block.layer(-1):
-        for i, rows in enumerate(archive.decode(run.block, chunk, old.tensors), chunk.first_tensor):
-            part = rows[run.first : run.first + run.count]
-            equal &= (part == new_rows[i]).all(axis=1)
-    return equal
-
-
-# --- storing ----------------------------------------------------------------------------------
-
-
-def _store(
-    writer: ContainerWriter,
-    snapshot: Snapshot,
-    planned: _Planned,
-    tiers: Sequence[Tier],
-    coder: LossyCoder | None,
-    name: str,
-    archive: Archive | None,
-    progress: Progress | None,
-) -> int:
-    """Add the missing blocks and the snapshot record; returns the snapshot's number."""
-    parent, before, structure = None, np.zeros(0, np.int32), b""
-    if archive and planned.parent is not None:
-        parent, structure = archive.record(planned.parent), archive.structure(planned.parent)
-        if coder is not None or not parent.coding:
-            # An exact snapshot must not need the book that its parent's tokens are coded with.
-            before = archive.tokens(planned.parent)
-    for track, plan in zip(snapshot.tracks, planned.tracks, strict=True):
-        _store_frames(writer, snapshot, track, plan, tiers, coder, progress)
-    coding = coder.facts if coder else {}
-    if len(tiers) > 1:
-        coding["layers"] = [tier.name for tier in tiers]
-    record = SnapshotRecord(
-        number=writer.n_snapshots,
-        parent=planned.parent,
-        plan=planned.name,
-        tier=tiers[-1].name,
-        name=name,
-        source=snapshot.source,
-        identity=snapshot.identity.facts,
-        coding=coding,
-        ids=tokens.encode(snapshot.tokens, before, coder.token_coder if coder else None),
-        tracks=[
-            TrackRecord(
-                track.cache, track.stream, track.attributes, tuple(track.tensors), plan.runs(),
-                track.cells,
-            )
-            for track, plan in zip(snapshot.tracks, planned.tracks, strict=True)
-        ],
-        opaque=[
-            _store_opaque(writer, key, content, parent) for key, content in snapshot.opaque.items()
-        ],
-    )  # fmt: skip
-    ids = np.ascontiguousarray(snapshot.tokens, np.int32)
-    return writer.add_snapshot(record.write(ids, structure))
-
-
-def _store_frames(
-    writer: ContainerWriter,
-    snapshot: Snapshot,
-    track: Track,
-    plan: temporal.TrackPlan,
-    tiers: Sequence[Tier],
-    coder: LossyCoder | None,
-    progress: Progress | None,
-) -> None:
-    finest = tiers[-1]
-    n_frames = MAX_BLOCK_FRAMES
-    if coder is not None and finest.codec is not None:
-        n_frames = blocks.block_frames(track.tensors, lossy=True)
-    if finest.exact:
-        n_frames = min(n_frames, blocks.block_frames(track.tensors))
-    ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
-    ids = blocks.logical_ids(
-        track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
-    )
-    chunk_ranges = blocks.chunk_ranges(track.tensors)
-
-    encode_lossy = coder.begin(writer, snapshot, track, ranges) if coder else None
-
-    def encode(span: tuple[int, int]) -> tuple[bytes, list[EncodedChunk]]:
-        if finest.codec is None:
-            return blocks.NO_ID, []
-        chunks = encode_lossy(span) if encode_lossy else []
-        if not finest.exact:
-            payloads = [chunk.header.write() + chunk.body for chunk in chunks]
-            return blocks.opaque_id(*payloads), chunks
-        rows, layer = track.read(*span), len(chunks)
-        chunks += [
-            pipeline.encode_chunk(rows[a:b], track.tensors[a].dtype, a, finest.codec, layer)
-            for a, b in chunk_ranges
-        ]
-        return blocks.content_id(rows), chunks
-
-    frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
-    encoded = workers.in_order(encode, ranges)
-    for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
-        plan.store(start, stop, writer.add_block(stop - start, content, logical, chunks))
-        if progress:
-            progress((stop - start) * frame_bytes)
-
-
-def _store_opaque(
-    writer: ContainerWriter, name: str, content: bytes, parent: SnapshotRecord | None
-) -> OpaqueEntry:
-    """Bytes that the parent has too are not stored again."""
-    content_id = blocks.opaque_id(content)
-    for entry in parent.opaque if parent else ():
-        if (entry.content_id, entry.raw_length) == (content_id, len(content)):
-            return OpaqueEntry(name, entry.ref, entry.raw_length, content_id)
-    body = zstd.compress(content)
-    if len(content) > _MOST_DENSE and len(content) > 2 * len(body):
-        # Readers do not unpack a large part from a small record.
-        body = zstd.store(content)
-    ref = writer.add_opaque(body)
-    return OpaqueEntry(name, ref, len(content), content_id)
-
-
 def _report(
-    number: int, tiers: Sequence[Tier], snapshot: Snapshot, planned: _Planned, size: int, added: int
+    number: int, coding: Coding, snapshot: Snapshot, planned: Planned, size: int, added: int
 ) -> PackReport:
+    facts = coding.facts()
     n_cells = sum(len(track.cells) for track in snapshot.tracks)
     return PackReport(
         snapshot=number,
-        tier=",".join(tier.name for tier in tiers),
+        tier=",".join(coding.names),
         plan=planned.name,
         parent=planned.parent,
         n_tokens=len(snapshot.tokens),
@@ -484,27 +193,6 @@ def _report(
         raw_bytes=snapshot.raw_bytes,
         bytes_added=added,
         file_bytes=size,
+        n_frames_exact=facts.get("fallback_frames"),
+        exact_bytes=facts.get("fallback_bytes"),
     )
-
-
-@contextmanager
-def _locked(path: str | os.PathLike[str], wait: bool) -> Iterator[int]:
-    """The archive opened for writing, held against every other appender.
-
-    The lock is on the file itself: nothing is left beside it, and a killed process lets go of it.
-    """
-    where = os.fspath(path)
-    if not stat.S_ISREG(os.stat(where).st_mode):
-        raise UsageError(f"{where}: is not a regular file; an archive to append to is one")
-    while True:
-        fd = os.open(where, os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # The name may have been given to another file while this one was waited for.
-            if os.path.samestat(os.fstat(fd), os.stat(where)):
-                yield fd
-                return
-        except BlockingIOError:
-            raise TscError(f"{where}: another process is appending; run it again later") from None
-        finally:
-            os.close(fd)

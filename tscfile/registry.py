@@ -10,11 +10,17 @@ FIELDS_CLASSED_RANS = 1
 BOOK_TRANSFORM = 2
 SESSION_TRANSFORM = 3
 BOOK_REFINEMENT = 4
+BOOK_EXACT = 5
+PRODUCT = 6
 
-LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, BOOK_REFINEMENT})
+LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, BOOK_REFINEMENT, PRODUCT})
 """Codecs that do not give back the very rows."""
 
-OF_BOOK = frozenset({BOOK_TRANSFORM, BOOK_REFINEMENT})
+WHOLE = LOSSY | {BOOK_EXACT}
+"""Codecs whose chunk holds all tensors of its block."""
+
+BOOK_LOSSY = frozenset({BOOK_TRANSFORM, BOOK_REFINEMENT})
+OF_BOOK = BOOK_LOSSY | {BOOK_EXACT}
 """Codecs that need a book."""
 
 CODEC_NAMES = {
@@ -23,4 +29,6 @@ CODEC_NAMES = {
     BOOK_TRANSFORM: "book-transform+segments",
     SESSION_TRANSFORM: "session-transform",
     BOOK_REFINEMENT: "book-refinement",
+    BOOK_EXACT: "book-exact",
+    PRODUCT: "product",
 }

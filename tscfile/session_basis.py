@@ -90,6 +90,14 @@ def key_turn(identity: ModelIdentity, tensors: Sequence[TensorSpec]) -> KeyTurn 
     return KeyTurn(head_dim, str(pairing), (float(base) ** exponents / factor).astype(np.float32))
 
 
+def same_turn(one: KeyTurn | None, other: KeyTurn | None) -> bool:
+    """Are keys turned alike?"""
+    if one is None or other is None:
+        return one is other
+    same = (one.head_dim, one.pairing) == (other.head_dim, other.pairing)
+    return same and np.array_equal(one.inv_freq, other.inv_freq)
+
+
 @dataclass
 class Group:
     """Some layers of a track: which tensors, and what their frames are written in.
@@ -227,16 +235,11 @@ class Basis:
     ) -> list[Rows]:
         """Undo `frames`, rounding to each tensor's element type."""
         out: list[Rows] = [np.zeros((0, 0), np.uint8)] * len(tensors)
-        turn = self.turn
         for group, values in zip(self.groups, frames, strict=True):
             part = [tensors[i] for i in group.tensors]
-            # Bytes that are damaged may say anything, and infinity is as good an answer as any.
             with np.errstate(over="ignore", invalid="ignore"):
-                found = channels.from_frames(
-                    (values + group.mean) * group.channel_steps, part, pos,
-                    turn.rope if turn else _NO_ROPE, turn.head_dim if turn else 1,
-                    turn.pairing if turn else HALVES,
-                )  # fmt: skip
+                whole = (values + group.mean) * group.channel_steps
+            found = rows_of(self.turn, whole, part, pos)
             for i, stored in zip(group.tensors, found, strict=True):
                 out[i] = stored
         return out
@@ -253,6 +256,18 @@ def channels_of(
     with np.errstate(over="ignore", invalid="ignore"):
         return channels.to_frames(
             rows, tensors, pos, turn.rope if turn else _NO_ROPE, turn.head_dim if turn else 1,
+            turn.pairing if turn else HALVES,
+        )  # fmt: skip
+
+
+def rows_of(
+    turn: KeyTurn | None, frames: Floats, tensors: Sequence[TensorSpec], pos: NDArray[np.int32]
+) -> list[Rows]:
+    """Undo `channels_of`, rounding to the element type; ``frames`` is overwritten."""
+    # Bytes that are damaged may say anything, and infinity is as good an answer as any.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return channels.from_frames(
+            frames, tensors, pos, turn.rope if turn else _NO_ROPE, turn.head_dim if turn else 1,
             turn.pairing if turn else HALVES,
         )  # fmt: skip
 

@@ -85,9 +85,9 @@ def plan_track(
     return plan
 
 
-def name_plan(plans: Sequence[TrackPlan], n_old_cells: int) -> str:
-    """The word for what was planned, given the number of cells of the older snapshot."""
-    n_kept = sum(len(plan.block) - plan.n_new for plan in plans)
+def name_plan(n_kept: int, n_old_cells: int) -> str:
+    """The word for a snapshot that takes ``n_kept`` frames from the file, given the number of cells
+    of its parent."""
     if not n_kept:
         return KEYFRAME
     return APPEND if n_kept == n_old_cells else TRUNCATE_APPEND

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .archive import Archive, ArchivedTrack, is_absent
+from .archive import Archive
+from .archived_track import ArchivedTrack, is_absent
 from .container.records import FrameRun, common_prefix
 from .container.writer import ContainerWriter, EncodedChunk
 from .errors import UnsupportedError, UsageError
@@ -58,12 +59,16 @@ def _encode_nothing(span: Span) -> list[EncodedChunk]:
 
 def check_recomputable(snapshot: Snapshot) -> None:
     """`UsageError` or `UnsupportedError` unless a prefill of its tokens gives the snapshot again,
-    in the model that its identity names."""
+    in the model that its identity names; `MismatchError` if that one has other shapes."""
+    from .resume.guards import check_shape
+
     tier = "tier tokens stores what frames are recomputed from"
     if not len(snapshot.tokens):
         raise UsageError(f"{tier}, and the save has no token list; take another tier")
     if "weights_blake3" not in snapshot.identity.facts:
         raise UsageError(f"{tier}, so the model must be known; name it with --model")
+    # Once the rows are gone nothing else tells that another model was named.
+    check_shape(snapshot, snapshot.identity, "the model named")
     tracks = [track for track in snapshot.tracks if len(track.cells)]
     if not tracks:
         raise UnsupportedError(f"{tier}, and the save has none; take another tier")

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import xxhash
 
 from . import workers
-from .archive import Archive, ArchivedTrack, is_absent
+from .archive import Archive
+from .archived_track import ArchivedTrack, is_absent
 from .container.records import RECORD_ALIGNMENT, Header, RecordHeader, Trailer
 from .errors import DamagedError, TscError, UsageError
 from .model import Snapshot

@@ -11,6 +11,7 @@ from ..options import (
     archive_argument,
     book_option,
     chosen_tiers,
+    fallback,
     input_file,
     json_option,
     model_identity,
@@ -78,7 +79,8 @@ def _append_one(
     changed = f", {report.n_frames_changed} recomputed" if report.n_frames_changed else ""
     say(
         f"{archive}: snapshot {report.snapshot} ({report.plan}): {report.n_frames_kept} frames "
-        f"kept, {report.n_frames_new} new{changed}; {size(report.bytes_added)} added",
+        f"kept, {report.n_frames_new} new{changed}; {size(report.bytes_added)} added"
+        + fallback(report),
         quiet or as_json,
     )
 

@@ -13,6 +13,7 @@ from ..options import (
     book_option,
     check_apart,
     chosen_tiers,
+    fallback,
     force_option,
     input_file,
     json_option,
@@ -46,6 +47,14 @@ if TYPE_CHECKING:
               help="In place of a tier: the KL to be expected.")  # fmt: skip
 @click.option("--target-ratio", type=float, metavar="X",
               help="In place of a tier: how many times smaller the archive is to be.")  # fmt: skip
+@click.option("--quantizer", type=click.Choice(["product"]),
+              help="In place of a tier, for experts: product quantization.")  # fmt: skip
+@click.option("--code-bytes", type=click.FloatRange(min=0, min_open=True), metavar="N",
+              help="Of --quantizer: about how many bytes a frame takes.")  # fmt: skip
+@click.option(
+    "--fallback-above", type=click.FloatRange(min=0), metavar="T",
+    help="Of --quantizer: keep frames exact whose error is more than T times the usual one.",
+)  # fmt: skip
 @min_common_option
 @model_option
 @force_option
@@ -54,6 +63,7 @@ if TYPE_CHECKING:
 def command(
     sources: tuple[Path, ...], output: str | None, tier: str | None, tiers: str | None,
     book: Path | None, embed_book: bool, target_kl: float | None, target_ratio: float | None,
+    quantizer: str | None, code_bytes: float | None, fallback_above: float | None,
     min_common: int | None, model: Path | None, force: bool, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Pack SOURCES, saved llama.cpp states or caches in GGUF, safetensors or npz, into an archive.
@@ -63,12 +73,19 @@ def command(
     writes to standard output. SOURCES are kept.
     """
     from tscfile.collecting import PackOptions
+    from tscfile.product_coding import ProductOptions
 
     if book is None and (embed_book or target_kl is not None or target_ratio is not None):
         raise click.UsageError("--embed-book, --target-kl and --target-ratio need --book")
+    if (quantizer is None) != (code_bytes is None):
+        raise click.UsageError("--quantizer and --code-bytes go together: give both")
+    if fallback_above is not None and quantizer is None:
+        raise click.UsageError("--fallback-above is for --quantizer product")
     options = PackOptions(
-        chosen_tiers(tier, tiers), book, embed_book, target_kl, target_ratio, model_identity(model)
-    )
+        chosen_tiers(tier, tiers), book, embed_book, target_kl, target_ratio,
+        None if code_bytes is None else ProductOptions(code_bytes, fallback_above),
+        model_identity(model),
+    )  # fmt: skip
     into_folder = output is not None and output.endswith(os.sep)
     if len(sources) > 1 or sources[0].is_dir() or into_folder:
         return _pack_many(sources, output, options, min_common, force, quiet, as_json)
@@ -92,7 +109,7 @@ def _pack_one(
             report = pack(
                 snapshot, target, tier=options.tier, book=options.book,
                 embed_book=options.embed_book, target_kl=options.target_kl,
-                target_ratio=options.target_ratio,
+                target_ratio=options.target_ratio, product=options.product,
                 identity=identity_for(snapshot, options.identity), force=force,
                 progress=advance, name="" if str(source) == STDIO else source.name,
             )  # fmt: skip
@@ -101,7 +118,7 @@ def _pack_one(
     say(
         f"{output}: {report.n_tokens} tokens, {size(report.raw_bytes)} of keys and values "
         f"in {size(report.file_bytes)} ({report.raw_bytes / report.file_bytes:.4g}x, "
-        f"{report.tier})",
+        f"{report.tier})" + fallback(report),
         quiet or as_json,
     )
 

@@ -186,6 +186,21 @@ def make_layered(folder: Path) -> None:
     write_json(path, book, layers[:-1])
 
 
+def make_tokens(folder: Path) -> None:
+    """Frames that are not stored, frames that are, and both in one track."""
+    path = folder / "tokens.tsc"
+    path.unlink(missing_ok=True)
+    first, longer, other = TOKENS, TOKENS + MORE, (TOKENS + MORE)[:12] + [1, 1]
+    for tokens, tier, name in (
+        (first, "tokens", "first"), (longer, "tokens", "longer"), (longer, "lossless", "exact"),
+        (other, "tokens", "other"),
+    ):  # fmt: skip
+        snapshot = made_up(tokens)
+        snapshot.identity.facts["weights_blake3"] = "0" * 64
+        (tscfile.append if path.exists() else tscfile.pack)(snapshot, path, tier=tier, name=name)
+    write_json(path)
+
+
 # --- what is in them --------------------------------------------------------------------------
 
 
@@ -241,7 +256,10 @@ def describe_track(track: dict[str, Any]) -> dict[str, Any]:
                 "layer": layer, "role": "kv"[role],
                 "element_type": {0: "f32", 1: "f16", 30: "bf16"}[type_],
                 "row_bytes": row_bytes, "rotation": rotation,
-                "rows": [row.tobytes().hex() for row in rows],
+                "rows": [
+                    None if cell in track["absent"] else row.tobytes().hex()
+                    for cell, row in enumerate(rows)
+                ],
             }
             for (layer, role, type_, row_bytes, rotation), rows in zip(
                 track["tensors"], track["rows"], strict=True
@@ -255,6 +273,7 @@ def make_all(folder: Path) -> None:
     make_lossy(folder)
     make_embedded(folder)
     make_layered(folder)
+    make_tokens(folder)
 
 
 if __name__ == "__main__":

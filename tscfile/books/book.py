@@ -35,6 +35,7 @@ from ..container.records import read_metadata, write_metadata
 from ..context import FrameContext
 from ..entropy import ladder, zstd
 from ..errors import DamagedError, TscError, UnsupportedError, UsageError
+from ..transforms.exact_frames import ExactOrder
 from ..transforms.grouped_basis import GroupedBasis, LayerGroups
 from ..transforms.prediction import N_POSITION, Features, Network
 from ..transforms.rope import HALVES, Rope
@@ -83,7 +84,8 @@ class Book:
     i1 [P, c] with ``prediction_scales`` f4 [P] · ``basis`` i1 [R, c] with ``basis_scales`` f4 [R] ·
     ``metric`` f2 [N, w, w], block-diagonal, tensor after tensor · ``log_sigmas`` i2 [R], 1/256
     octaves, falling in each group · ``frequencies`` u2 [K, S] · ``inv_freq`` f4, half the rotated
-    channels of a head · ``ids_*``: tables of `entropy.token_ids`. Others are ignored.
+    channels of a head · ``ids_*``: tables of `entropy.token_ids` · ``product_*``:
+    codebooks of `books.product`. Others are ignored.
     """
 
     facts: dict[str, Any]
@@ -138,6 +140,12 @@ class Book:
     def prediction(self) -> GroupedBasis:
         rows = self._scaled("prediction", "prediction_scales", axis=0)
         return GroupedBasis(self.groups, rows, self.facts["book.group_predictions"])
+
+    @property
+    def exact_order(self) -> ExactOrder:
+        """The order in which exact coding takes the channels."""
+        groups, head_dim = self.groups, int(self.facts["book.head_dim"])
+        return ExactOrder(groups.n_layers, groups.width, head_dim, len(self.arrays["inv_freq"]))
 
     def _scaled(self, name: str, scales: str, axis: int = 1) -> Floats:
         """An array of 8-bit integers times its scales, one for each index of ``axis``."""

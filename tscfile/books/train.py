@@ -5,8 +5,9 @@
    their coordinates from the tokens (`network`).
 3. *Basis*: eigenvectors, in the metric, of what the prediction leaves, for each group of layers.
 4. *Distributions* of quantized coefficients at several steps, pooled by class (`ladder`), and of
-   token ids (`entropy.token_ids`).
-5. *Tiers*: the step that meets each quality target, found by the continuation protocol on
+   token ids (`entropy.token_ids`); codebooks of coefficients (`product`).
+5. *Exact coding*: how channels predict each other (`exact`).
+6. *Tiers*: the step that meets each quality target, found by the continuation protocol on
    documents that all this did not see (`measure`).
 
 Every step is a sum over windows of text, kept on disk as it grows (`checkpoint`).
@@ -42,9 +43,11 @@ from .basis import (
 )
 from .book import Book
 from .checkpoint import Checkpoint, State
+from .exact import learn_exact
 from .measure import measure_tiers
 from .metric import Metric
 from .network import Sample, fit_network
+from .product import learn_product
 from .tables import quantize_rows
 
 METRICS = ("fisher", "attention", "plain")
@@ -133,8 +136,10 @@ def train(
     )  # fmt: skip
     book = with_basis(book, source, metric, checkpoint, progress)
     book.arrays["frequencies"] = distributions(book, source, progress)
+    book.arrays |= learn_product(book, source, progress, seed=options.seed)
     progress("token ids")
     book.arrays |= token_ids.learn(documents, len(book.arrays["token_vectors"]))
+    book.arrays |= learn_exact(book, source, checkpoint, progress)
     book.tiers = measure_tiers(
         engine, book, held_back, n_windows=options.n_measured, frames=options.fisher_frames,
         progress=progress,

@@ -28,10 +28,10 @@ VERSION = (1, 0)
 KNOWN_FEATURES = 0
 """Required-feature bits that this build understands."""
 
-CHUNK, OPAQUE, SNAPSHOT, INDEX, BASIS, BOOK = 1, 2, 3, 4, 5, 6
+CHUNK, OPAQUE, SNAPSHOT, INDEX, BASIS, BOOK, CODEBOOKS = 1, 2, 3, 4, 5, 6, 7
 RECORD_NAMES = {
     CHUNK: "chunk", OPAQUE: "opaque", SNAPSHOT: "snapshot", INDEX: "index", BASIS: "basis",
-    BOOK: "book",
+    BOOK: "book", CODEBOOKS: "codebooks",
 }  # fmt: skip
 CRITICAL = 1
 

@@ -7,7 +7,7 @@ that makes them count, synced. Until the new trailer is whole, the old one is th
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..bytestream import ByteWriter
@@ -16,6 +16,7 @@ from .records import (
     BASIS,
     BOOK,
     CHUNK,
+    CODEBOOKS,
     CRITICAL,
     INDEX,
     OPAQUE,
@@ -117,10 +118,23 @@ class ContainerWriter:
         self._add_extra(BASIS, payload)
         return checksum(payload)
 
-    def copy_extras(self, container: Container) -> None:
-        """Store what another file holds beside blocks and snapshots, of whatever type."""
+    def add_codebooks(self, payload: bytes) -> int:
+        """Store codebooks; returns their id. Not critical, as a basis is not."""
+        self._add_extra(CODEBOOKS, payload)
+        return checksum(payload)
+
+    def copy_extras(
+        self, container: Container,
+        wanted: Callable[[int, RecordRef, memoryview], bool] = lambda *extra: True,
+    ) -> None:  # fmt: skip
+        """Store what another file holds beside blocks and snapshots, of whatever type.
+
+        ``wanted``: of a type, a record and its payload.
+        """
         for extra in (each for segment in container.segments for each in segment.extras):
-            self._add_extra(extra.type, bytes(container.read(extra.ref, extra.type)), extra.flags)
+            payload = container.read(extra.ref, extra.type)
+            if wanted(extra.type, extra.ref, payload):
+                self._add_extra(extra.type, bytes(payload), extra.flags)
 
     def _add_extra(self, type_: int, payload: bytes, flags: int = 0) -> None:
         ref = self._add_record(type_, payload, flags)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -51,11 +51,16 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class KVArrays:
-    """Keys (after RoPE) and values of every layer, float16 ``[n_kv_heads, n_tokens, head_dim]``."""
+    """Keys (after RoPE) and values of every layer, float16 ``[n_kv_heads, n_tokens, head_dim]``.
+
+    ``kept``: of each layer the frames that are still there, bool ``[n_tokens]``; None for all.
+    Attention does not see the others, whatever stands in their place.
+    """
 
     shape: CacheShape
     keys: Sequence[NDArray[np.float16]]
     values: Sequence[NDArray[np.float16]]
+    kept: Sequence[NDArray[np.bool_]] | None = None
 
     @property
     def raw_bytes(self) -> int:
@@ -66,12 +71,28 @@ class KVArrays:
         """The first ``n_tokens`` frames."""
         shape = replace(self.shape, tokens=self.shape.tokens[:n_tokens])
         return KVArrays(
-            shape, [k[:, :n_tokens] for k in self.keys], [v[:, :n_tokens] for v in self.values]
-        )
+            shape, [k[:, :n_tokens] for k in self.keys], [v[:, :n_tokens] for v in self.values],
+            self.kept and [each[:n_tokens] for each in self.kept],
+        )  # fmt: skip
 
     def roles(self) -> list[tuple[str, Sequence[NDArray[np.float16]]]]:
         """``("k", keys)`` and ``("v", values)``."""
         return [("k", self.keys), ("v", self.values)]
+
+
+Heads = NDArray[np.float16]
+
+
+def from_layers(
+    shape: CacheShape, make: Callable[[str, int, int, int], Heads],
+    kept: Sequence[NDArray[np.bool_]] | None = None,
+) -> KVArrays:  # fmt: skip
+    """A cache of what ``make`` gives for a role, the number of a layer, its heads and their size,
+    float16 ``[n_kv_heads, n_tokens, head_dim]``: keys of all layers first."""
+    layers = list(enumerate(shape.layers))
+    keys = [make("k", i, one.n_kv_heads, one.key_dim) for i, one in layers]
+    values = [make("v", i, one.n_kv_heads, one.value_dim) for i, one in layers]
+    return KVArrays(shape, keys, values, kept)
 
 
 def rows(heads: NDArray[np.floating]) -> NDArray[np.floating]:

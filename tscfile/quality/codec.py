@@ -73,12 +73,18 @@ class TierCodec:
     family = "tscfile"
     source = "this project"
 
-    def __init__(self, tier: str, book: Path | None = None, name: str | None = None) -> None:
-        """``name``: where it is not to be that of the tier."""
-        self.name = name or tier
-        if book is None and not tier_from_name(tier).exact:
-            self.family = "tscfile, no book"
-        self._options: dict[str, Any] = {"tier": tier}
+    def __init__(
+        self, tier: str | Sequence[str] | None, book: Path | None = None, name: str | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """``name``: where it is not to be that of the tier. ``options``: of `tscfile.pack`, in
+        place of a tier."""
+        self.name = name or str(tier)
+        if "product" in options:
+            self.family = "product quantization"
+        if book is None and not (isinstance(tier, str) and tier_from_name(tier).exact):
+            self.family += ", no book"
+        self._options: dict[str, Any] = {"tier": tier, **options}
         if book is not None:
             self._options["book"] = book
         from ..books.book import load
@@ -96,16 +102,21 @@ class TierCodec:
             return path.read_bytes()
 
     def series_bytes(self, saves: Sequence[KVArrays]) -> int:
-        """Size of one archive of growing saves of a conversation: the first packed, the others
-        appended."""
+        """Size of what `encode_series` makes."""
+        return len(self.encode_series(saves))
+
+    def encode_series(self, saves: Sequence[KVArrays]) -> bytes:
+        """One archive of growing saves of a conversation: the first packed, the others appended.
+        `decode` gives the last of them."""
         from ..packing import append, pack
 
         with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
             path = Path(folder) / "series.tsc"
             pack(snapshot_from_arrays(saves[0]), path, **self._options)
             for save in saves[1:]:
-                append(snapshot_from_arrays(save), path, **self._options)
-            return path.stat().st_size
+                # As the save before it was packed.
+                append(snapshot_from_arrays(save), path, book=self._options.get("book"))
+            return path.read_bytes()
 
     def decode(self, data: bytes, shape: CacheShape) -> KVArrays:
         from ..archive import Archive

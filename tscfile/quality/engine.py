@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from .arrays import CacheShape, KVArrays, LayerShape, rows
 from .codec import snapshot_from_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -67,6 +69,11 @@ class Engine:
         ids = self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, np.int32)
 
+    def pieces(self, tokens: NDArray[np.int32]) -> list[str]:
+        """The text of each token, a space before those that begin a word in a line."""
+        marked = self._tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return [piece.replace("Ġ", " ").replace("▁", " ") for piece in marked]
+
     def prefill(self, tokens: NDArray[np.int32]) -> KVArrays:
         """The cache of ``tokens`` (int32 ``[n]``), computed in fp32 and rounded to fp16.
 
@@ -90,13 +97,14 @@ class Engine:
         """Logits float32 ``[n, vocabulary]`` after each of the ``n`` tokens fed behind ``cache``.
 
         Teacher-forced, in one pass. ``position`` is that of the first token fed: more than the
-        length of the cache where frames were dropped from it.
+        length of the cache where frames were dropped from it. Where the cache has ``kept``,
+        attention of each layer sees only the frames that it still has.
         """
         import torch
 
         ids = torch.as_tensor(feed, dtype=torch.int64, device=self.device)[None]
         where = torch.arange(position, position + len(feed), device=self.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), self._seeing(cache.kept):
             return self._model(
                 input_ids=ids, past_key_values=self._dynamic_cache(cache), position_ids=where,
                 use_cache=True,
@@ -168,32 +176,108 @@ class Engine:
         chances a_ts. Shapes as for `gradient_moments`; needs no gradients.
         """
         import torch
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         found: dict[int, tuple[Any, Any]] = {}
         generator = torch.Generator(device="cpu").manual_seed(seed)
         rope = self.rope
         assert rope is not None
-        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-        def probe(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        def probe(
+            plain: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+        ) -> Any:
             found[module.layer_idx] = _attention_costs(
                 module, query[0], key[0], value[0], rope, n_draws, generator
             )
             return plain(module, query, key, value, mask, **options)
 
-        ALL_ATTENTION_FUNCTIONS["tscfile_probe"] = probe
-        before = self._model.config._attn_implementation
-        ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)[None]
-        try:
-            self._model.config._attn_implementation = "tscfile_probe"
-            with torch.no_grad():
-                self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        finally:
-            self._model.config._attn_implementation = before
-            del ALL_ATTENTION_FUNCTIONS["tscfile_probe"]
+        self._read(tokens, probe)
         layers = [found[i] for i in sorted(found)]
         return np.stack([key for key, _ in layers] + [value for _, value in layers])
+
+    # --- attention ----------------------------------------------------------------------------
+
+    def attention_received(self, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
+        """How much attention each frame gets in each layer while ``tokens`` are read, float64
+        ``[n_layers, n]``: its weights summed over heads and over all tokens from its own on."""
+        import torch
+
+        found: dict[int, NDArray[np.float64]] = {}
+
+        def probe(
+            plain: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+        ) -> Any:
+            n = query.shape[2]
+            causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+            scaling = options.get("scaling") or query.shape[3] ** -0.5
+            total = np.zeros(n)
+            for head in range(query.shape[1]):
+                keys = key[0, head * key.shape[1] // query.shape[1]].float()
+                scores = query[0, head].float() @ keys.T * scaling
+                chances = torch.softmax(scores.masked_fill(~causal, -torch.inf), -1)
+                total += chances.double().sum(0).cpu().numpy()
+            found[module.layer_idx] = total
+            return plain(module, query, key, value, mask, **options)
+
+        self._read(tokens, probe)
+        return np.stack([found[i] for i in sorted(found)])
+
+    def _read(self, tokens: NDArray[np.int32], attention: Callable[..., Any]) -> None:
+        """Run the model over ``tokens`` with its attention done by ``attention``."""
+        import torch
+
+        ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)[None]
+        with torch.no_grad(), self._attending(attention):
+            self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    @contextmanager
+    def _attending(self, attention: Callable[..., Any]) -> Iterator[None]:
+        """Attention is done by ``attention(plain, module, query, key, value, mask, …)``, which is
+        given what it would otherwise be done by."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        config, name = self._model.config, "tscfile_probe"
+        before = config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS[name] = partial(attention, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        try:
+            config._attn_implementation = name
+            yield
+        finally:
+            config._attn_implementation = before
+            del ALL_ATTENTION_FUNCTIONS[name]
+
+    @contextmanager
+    def _seeing(self, kept: Sequence[NDArray[np.bool_]] | None) -> Iterator[None]:
+        """Attention of each layer sees the ``kept`` frames of the cache and all that follow it."""
+        import torch
+
+        if kept is None:
+            yield
+            return
+        masks: dict[int, Any] = {}
+
+        def see(
+            plain: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+        ) -> Any:
+            layer, n, n_all = module.layer_idx, query.shape[2], key.shape[2]
+            if layer not in masks:
+                seen = torch.ones(n, n_all, dtype=torch.bool).tril(n_all - n)
+                seen[:, : len(kept[layer])] &= torch.from_numpy(kept[layer])
+                masks[layer] = seen[None, None].to(query.device)
+            return plain(module, query, key, value, masks[layer], **options)
+
+        with self._attending(see):
+            yield
+
+    def layer_weights(self) -> dict[str, list[NDArray[np.float32]]]:
+        """Matrices of each kind, float32, layer after layer: those whose names differ only in the
+        number of the layer."""
+        found: dict[str, dict[int, NDArray[np.float32]]] = {}
+        for name, tensor in self._model.state_dict().items():
+            parts = re.fullmatch(r".*?\.(\d+)\.(.+)\.weight", name)
+            if parts and tensor.ndim == 2:
+                layers = found.setdefault(parts[2], {})
+                layers[int(parts[1])] = tensor.detach().float().cpu().numpy()
+        return {kind: [layers[i] for i in sorted(layers)] for kind, layers in found.items()}
 
     # --- caches -------------------------------------------------------------------------------
 

@@ -12,8 +12,10 @@ from .protocol import CodecResult, Quality, Reference, Report, WindowPlace
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .names import NameReport
 
-def to_json(report: Report) -> str:
+
+def to_json(report: Report | NameReport) -> str:
     """Indented JSON with every list of numbers on one line; full precision."""
     text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
     return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text) + "\n"

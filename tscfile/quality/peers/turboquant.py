@@ -36,7 +36,7 @@ class TurboQuant(PerArrayCodec):
         self.family = "TurboQuant (stage 1)" if same else "TurboQuant, keys finer"
         super().__init__({"k": key_bits, "v": value_bits})
 
-    def _quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
+    def quantize(self, x: NDArray[np.float32], bits: int) -> list[NDArray[np.generic]]:
         dim = x.shape[-1]
         norms = np.linalg.norm(x, axis=-1).astype(np.float16)
         unit = x / np.where(norms == 0, 1, norms).astype(np.float32)[..., None]
@@ -45,10 +45,10 @@ class TurboQuant(PerArrayCodec):
         codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, turned)
         return [norms, packing.pack(codes, bits)]
 
-    def _take(self, taker: ByteTaker, role: str, *shape: int) -> NDArray[np.float16]:
+    def take(self, taker: ByteTaker, role: str, *shape: int) -> NDArray[np.float16]:
         norms = taker.take("<f2", *shape[:2]).astype(np.float32)
-        codes = packing.take(taker, self._bits[role], *shape)
-        turned = lloyd_max(self._bits[role])[codes] / np.float32(np.sqrt(shape[2]))
+        codes = packing.take(taker, self.bits[role], *shape)
+        turned = lloyd_max(self.bits[role])[codes] / np.float32(np.sqrt(shape[2]))
         return (norms[..., None] * (turned @ rotation(shape[2]).T)).astype(np.float16)
 
 

@@ -1,0 +1,72 @@
+"""``tsc compact``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..options import (
+    archive_argument,
+    book_option,
+    check_apart,
+    force_option,
+    json_option,
+    print_json,
+    progress,
+    quiet_option,
+    say,
+    size,
+)
+
+
+@click.command("compact")
+@archive_argument
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+              help="The archive to make; in place of ARCHIVE by default.")  # fmt: skip
+@click.option("--drop", metavar="N[,N]", default="", help="Saves to leave out, by number.")
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N",
+              help="Leave out all saves but the last N.")  # fmt: skip
+@book_option
+@click.option("--no-wait", is_flag=True, help="Fail if another process is writing to ARCHIVE.")
+@force_option
+@quiet_option
+@json_option
+def command(
+    archive: Path, output: Path | None, drop: str, keep_last: int | None, book: Path | None,
+    no_wait: bool, force: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write ARCHIVE again, without the saves that are dropped, in full blocks.
+
+    What is kept stays as it is, bit for bit. ARCHIVE is replaced once the new file is whole and on
+    the disk.
+    """
+    from tscfile.archive import Archive
+    from tscfile.compaction import compact
+    from tscfile.description import describe
+
+    try:
+        dropped = [int(number) for number in drop.split(",") if number.strip()]
+    except ValueError:
+        raise click.UsageError(f"--drop {drop}: give numbers of saves such as 0,2") from None
+    if dropped and keep_last is not None:
+        raise click.UsageError("give --drop or --keep-last, not both")
+    if output is not None:
+        check_apart(archive, output)
+    with Archive(archive, book=book) as opened:
+        if keep_last is not None:
+            dropped = list(range(max(len(opened) - keep_last, 0)))
+        total = sum(snapshot.raw_bytes for snapshot in describe(opened).snapshots)
+    with progress("compacting", total, quiet) as advance:
+        report = compact(
+            archive, output, drop=dropped, book=book, force=force, wait=not no_wait,
+            progress=advance,
+        )  # fmt: skip
+    if as_json:
+        print_json(report)
+    say(
+        f"{output or archive}: {report.n_snapshots} of {report.snapshots_before} snapshots, "
+        f"{report.n_blocks} blocks ({report.blocks_before} before), {size(report.file_bytes)} "
+        f"({size(report.bytes_before)} before)",
+        quiet or as_json,
+    )

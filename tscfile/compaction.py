@@ -1,0 +1,332 @@
+"""Write a long-lived archive again: without some snapshots, small blocks joined to full ones.
+
+Nothing that is kept changes: rows of exact layers are coded again from the very rows, integers of a
+book's layers are carried over as they are, and blocks of other codecs are copied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import blocks, files, registry, temporal, tokens
+from .archive import Archive
+from .archived_track import ArchivedTrack, is_absent
+from .container.records import (
+    BASIS,
+    BOOK,
+    CODEBOOKS,
+    BlockEntry,
+    FrameRun,
+    SnapshotRecord,
+    checksum,
+    logical_seed,
+)
+from .container.writer import ContainerWriter, EncodedChunk
+from .errors import DamagedError, UsageError
+from .exact_coding import encode_exact
+from .locking import locked
+from .model import BLOCK_FRAMES
+from .rewriting import Copier
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What there was and what there is."""
+
+    snapshots_before: int
+    n_snapshots: int
+    blocks_before: int
+    n_blocks: int
+    bytes_before: int
+    file_bytes: int
+
+
+def compact(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    drop: Collection[int] = (),
+    book: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    wait: bool = True,
+    progress: Progress | None = None,
+) -> CompactReport:
+    """Write the archive ``path`` again, to ``out`` or in its own place.
+
+    ``drop``: numbers of snapshots to leave out, negative ones counted from the last; their frames
+    go, as far as no other snapshot has them. Those that are left keep their order and are numbered
+    anew. In its own place the new file takes the name once it is whole and synced; until then, and
+    if anything is raised, the old one is there unchanged. Another writer is waited for, or with
+    ``wait`` False refused with `TscError`. ``progress``: raw bytes of the frames that are done.
+
+    >>> import tempfile, tscfile
+    >>> path = tempfile.mkdtemp() + "/series.tsc"
+    >>> saves = [f"samples/series/turn-{n}.kv" for n in range(1, 4)]
+    >>> report = tscfile.pack(saves[0], path)
+    >>> reports = [tscfile.append(save, path) for save in saves[1:]]
+    >>> report = compact(path, drop=[0])
+    >>> report.n_snapshots, report.n_blocks < report.blocks_before
+    (2, True)
+    """
+    with locked(path, wait), Archive(path, book=book) as archive:
+        if archive.torn_bytes:
+            raise DamagedError(
+                f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
+                "see tsc verify"
+            )
+        kept = _kept(archive, drop)
+        target, replaces = (path, True) if out is None else (out, force)
+        with files.new_file(target, force=replaces) as fd:
+            writer = ContainerWriter(fd)
+            _Compactor(archive, writer, kept, progress).run()
+            n_blocks = writer.n_blocks
+            size = writer.commit()
+        return CompactReport(
+            len(archive), len(kept), len(archive.container.blocks), n_blocks, archive.size, size
+        )
+
+
+def _kept(archive: Archive, drop: Collection[int]) -> list[int]:
+    n = len(archive)
+    for number in drop:
+        if not -n <= number < n:
+            raise UsageError(f"{archive.path}: no snapshot {number}; there are {n}, 0 to {n - 1}")
+    dropped = {number % n for number in drop}
+    kept = [number for number in range(n) if number not in dropped]
+    if not kept:
+        raise UsageError(f"{archive.path}: all snapshots are to be dropped; remove the file")
+    return kept
+
+
+class _Compactor:
+    def __init__(
+        self, archive: Archive, writer: ContainerWriter, kept: Sequence[int],
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self._archive, self._writer = archive, writer
+        self._records = [archive.record(number) for number in kept]
+        self._new_number = {number: i for i, number in enumerate(kept)}
+        self._progress = progress or (lambda n: None)
+        self._copier = Copier(archive, writer)
+        # Of each old block the new block and frame of each of its frames; -1: not placed yet.
+        self._places: dict[int, NDArray[np.int64]] = {}
+
+    def run(self) -> None:
+        self._copy_extras()
+        # The newest snapshots have the longest stretches of frames; older ones find theirs in them.
+        for record in reversed(self._records):
+            for part in record.tracks:
+                self._place(ArchivedTrack(self._archive, part, record), record)
+        keys: list[NDArray[np.int64]] = []
+        for record in self._records:
+            parent = self._parent(record)
+            plans = [self._plan(part.runs) for part in record.tracks]
+            keys.append(_keys(plans))
+            plan = temporal.KEYFRAME
+            if parent is not None:
+                n_kept = int(np.isin(keys[-1], keys[parent]).sum())
+                plan = temporal.name_plan(n_kept, len(keys[parent]))
+            new = replace(
+                record,
+                number=self._new_number[record.number],
+                parent=parent,
+                plan=plan,
+                ids=self._ids(record, parent),
+                tracks=[
+                    replace(part, runs=plan.runs())
+                    for part, plan in zip(record.tracks, plans, strict=True)
+                ],
+            )
+            self._copier.snapshot(new, record.number)
+
+    # --- snapshots ----------------------------------------------------------------------------
+
+    def _parent(self, record: SnapshotRecord) -> int | None:
+        """The new number of the nearest ancestor that is kept."""
+        ancestor = record.parent
+        while ancestor is not None and ancestor not in self._new_number:
+            ancestor = self._archive.record(ancestor).parent
+        return None if ancestor is None else self._new_number[ancestor]
+
+    def _ids(self, record: SnapshotRecord, parent: int | None) -> Any:
+        if record.parent is None or record.parent in self._new_number:
+            return record.ids
+        ids, before, coder = self._archive.tokens(record.number), np.zeros(0, np.int32), None
+        if "book" in record.coding:
+            coder = self._archive.token_coder(record)
+        if parent is not None:
+            above = self._records[parent]
+            # As when it was appended: an exact snapshot needs no book for its parent's tokens.
+            if record.coding or not above.coding:
+                before = self._archive.tokens(above.number)
+        return tokens.encode(ids, before, coder)
+
+    def _copy_extras(self) -> None:
+        """Books and bases that what is kept needs, and whatever is not known here."""
+        container = self._archive.container
+        books = {record.coding.get("book") for record in self._records}
+        bases = {ref for record in self._records for ref in self._archive.basis_records(record)}
+        codebooks = {key for record in self._records for key in self._archive.codebooks(record)}
+
+        def wanted(type_: int, ref: Any, payload: memoryview) -> bool:
+            if type_ == BASIS:
+                return ref in bases
+            if type_ == CODEBOOKS:
+                return checksum(payload) in codebooks
+            return type_ != BOOK or bytes(payload[-32:]).hex() in books
+
+        self._writer.copy_extras(container, wanted)
+
+    # --- frames -------------------------------------------------------------------------------
+
+    def _place(self, track: ArchivedTrack, record: SnapshotRecord) -> None:
+        """Store the frames of a track that are not in the new file yet."""
+        new = self._plan(track.runs).block < 0
+        for start, stop, runs in _pieces(track.runs, new, self._joins):
+            self._store(track, record, start, stop, runs)
+
+    def _plan(self, runs: Sequence[FrameRun]) -> temporal.TrackPlan:
+        """Where frames of the old file are in the new one."""
+        parts = [self._places_of(run.block)[run.first : run.first + run.count] for run in runs]
+        places = np.concatenate([np.zeros((0, 2), np.int64), *parts])
+        return temporal.TrackPlan(places[:, 0].copy(), places[:, 1].copy())
+
+    def _places_of(self, number: int) -> NDArray[np.int64]:
+        if number not in self._places:
+            n = self._archive.container.blocks[number].n_frames
+            self._places[number] = np.full((n, 2), -1, np.int64)
+        return self._places[number]
+
+    def _joins(self, run: FrameRun) -> object | None:
+        """What the blocks that can be joined with that of ``run`` have in common; None if it is
+        full already or of a codec whose blocks are copied."""
+        entry = self._archive.block(run)
+        codecs = tuple(
+            tuple(sorted({chunk.codec for chunk in entry.layer(n)})) for n in range(entry.n_layers)
+        )
+        exact = {registry.RAW, registry.FIELDS_CLASSED_RANS, registry.BOOK_EXACT}
+        joinable = exact | registry.BOOK_LOSSY
+        if is_absent(entry) or any(codec not in joinable for each in codecs for codec in each):
+            return None
+        whole = (run.first, run.count) == (0, entry.n_frames)
+        if whole and entry.n_frames >= BLOCK_FRAMES:
+            return None
+        return tuple("exact" if set(each) <= exact else each for each in codecs)
+
+    def _store(
+        self, track: ArchivedTrack, record: SnapshotRecord, start: int, stop: int,
+        runs: Sequence[FrameRun],
+    ) -> None:  # fmt: skip
+        """Put the cells ``start`` to ``stop``, which are ``runs``, into blocks."""
+        first = runs[0]
+        entry = self._archive.block(first)
+        whole = len(runs) == 1 and (first.first, first.count) == (0, entry.n_frames)
+        if whole or self._joins(first) is None:
+            for number in dict.fromkeys(run.block for run in runs):
+                places = self._places_of(number)
+                if (places[:, 0] < 0).all():
+                    places[:, 0] = self._copier.block(number)
+                    places[:, 1] = np.arange(len(places))
+            self._advance(track, stop - start)
+            return
+        n_frames = min(
+            blocks.block_frames(track.tensors), blocks.block_frames(track.tensors, lossy=True)
+        )
+        ranges = list(blocks.block_ranges(start, stop, n_frames))
+        seed = logical_seed(record.identity, track)
+        ids = blocks.logical_ids(track.cells, track.tokens, seed, ranges)
+        for (a, b), logical in zip(ranges, ids, strict=True):
+            part = _cut(runs, a - start, b - start)
+            content, chunks = self._join(track, entry, a, b, part)
+            number = self._writer.add_block(b - a, content, logical, chunks)
+            at = 0
+            for run in part:
+                places = self._places_of(run.block)[run.first : run.first + run.count]
+                places[:, 0] = number
+                places[:, 1] = np.arange(at, at + run.count)
+                at += run.count
+            self._advance(track, b - a)
+
+    def _join(
+        self, track: ArchivedTrack, like: BlockEntry, start: int, stop: int,
+        runs: Sequence[FrameRun],
+    ) -> tuple[bytes, list[EncodedChunk]]:  # fmt: skip
+        """Content id and chunks of a block of the cells ``start`` to ``stop``."""
+        chunks: list[EncodedChunk] = []
+        n_lossy = sum(chunk.codec in registry.LOSSY for chunk in like.chunks)
+        if n_lossy:
+            parts = []
+            for run in runs:
+                lossy = self._archive.block(run).layer(n_lossy - 1)[0]
+                where, payloads = track.lossy_payloads(run.block, lossy)
+                parts.append((payloads, run.first, run.count))
+            chunks = track.codec().join(parts, track.tensors, where)
+        if n_lossy == like.n_layers:
+            return blocks.opaque_id(*(c.header.write() + c.body for c in chunks)), chunks
+        rows, whole = track.read(start, stop), None
+        entries = [self._archive.block(run) for run in runs]
+        if any(chunk.codec == registry.BOOK_EXACT for entry in entries for chunk in entry.chunks):
+            coder = track.codec().exact
+            assert coder is not None
+            whole = coder.encode(rows, track.tensors, track.context(start, stop))
+        chunks += encode_exact(rows, track.tensors, whole, n_lossy)
+        return blocks.content_id(rows), chunks
+
+    def _advance(self, track: ArchivedTrack, n_frames: int) -> None:
+        self._progress(n_frames * sum(tensor.row_bytes for tensor in track.tensors))
+
+
+def _keys(plans: Sequence[temporal.TrackPlan]) -> NDArray[np.int64]:
+    """A number for each frame of a snapshot, the same for one stored frame."""
+    keys = [plan.block << 16 | plan.frame for plan in plans]
+    return np.concatenate([np.zeros(0, np.int64), *keys])
+
+
+def _pieces(
+    runs: Sequence[FrameRun], new: NDArray[np.bool_], joins: Callable[[FrameRun], object | None]
+) -> Iterator[tuple[int, int, list[FrameRun]]]:
+    """Stretches of new cells to be stored together: start, stop and what they are."""
+    at, start = 0, 0
+    pending: list[FrameRun] = []
+    kind: object | None = None
+    for run in runs:
+        for first, last in _true_ranges(new[at : at + run.count]):
+            part = FrameRun(run.block, run.first + first, last - first)
+            found = joins(part)
+            adjoins = pending and start + sum(each.count for each in pending) == at + first
+            if pending and (found is None or found != kind or not adjoins):
+                yield start, start + sum(each.count for each in pending), pending
+                pending = []
+            if not pending:
+                start, kind = at + first, found
+            pending.append(part)
+            if found is None:
+                yield start, start + part.count, pending
+                pending = []
+        at += run.count
+    if pending:
+        yield start, start + sum(each.count for each in pending), pending
+
+
+def _true_ranges(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _cut(runs: Sequence[FrameRun], start: int, stop: int) -> list[FrameRun]:
+    """Frames ``start`` to ``stop`` of those that ``runs`` are together."""
+    found, at = [], 0
+    for run in runs:
+        first, last = max(start - at, 0), min(stop - at, run.count)
+        if first < last:
+            found.append(FrameRun(run.block, run.first + first, last - first))
+        at += run.count
+    return found
