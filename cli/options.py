@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,10 +24,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 STDIO = "-"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?(?:([kmgt])(i?)b?|b)?", re.IGNORECASE | re.ASCII)
 
 
 def archive_argument(function: F) -> F:
-    return click.argument("archive", type=click.Path(dir_okay=False, path_type=Path))(function)
+    # Whether it can be read is found out by reading: no usage error.
+    kind = click.Path(dir_okay=False, readable=False, path_type=Path)
+    return click.argument("archive", type=kind)(function)
 
 
 def force_option(function: F) -> F:
@@ -126,6 +130,26 @@ def size(n_bytes: float) -> str:
     while n_bytes >= 1000 and unit < len(_UNITS) - 1:
         n_bytes, unit = n_bytes / 1000, unit + 1
     return f"{n_bytes:.3g} {_UNITS[unit]}" if unit else f"{n_bytes:.0f} B"
+
+
+class SizeType(click.ParamType):
+    """A number of bytes: 500, 10G (thousands), 1.5GiB (1024s).
+
+    >>> [SizeType().convert(text, None, None) for text in ("500", "10G", "1.5 GiB", "2kB")]
+    [500, 10000000000, 1610612736, 2000]
+    """
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        found = _SIZE.fullmatch(str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is no size; give bytes or a number with k, M, G, T", param, ctx)
+        number, unit, binary = found.groups()
+        power = " kmgt".index(unit.lower()) if unit else 0
+        return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def fallback(report: PackReport) -> str:

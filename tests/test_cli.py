@@ -23,7 +23,7 @@ from tscfile.container.records import Header
 
 Capture = pytest.CaptureFixture[str]
 TSC = [sys.executable, "-m", "tscfile_cli.main"]
-COMMANDS = ("pack", "append", "unpack", "info", "verify", "resume")
+COMMANDS = ("pack", "append", "watch", "unpack", "info", "verify", "prune", "resume")
 HEAVY = {"torch", "numba", "transformers", "llama_cpp", "safetensors", "gguf", "rich"}
 
 
@@ -219,7 +219,8 @@ def test_missing_files(archive: Path, session: Path, tmp_path: Path, capfd: Capt
     ):  # fmt: skip
         fails(capfd, 1, *arguments)
     fails(capfd, 2, "append", tmp_path, session)
-    fails(capfd, 2, "pack", tmp_path, "-o", tmp_path / "x")
+    (tmp_path / "empty").mkdir()
+    fails(capfd, 2, "pack", tmp_path / "empty", "-o", tmp_path / "x")
 
 
 def test_damaged_files(archive: Path, session: Path, tmp_path: Path, capfd: Capture) -> None:

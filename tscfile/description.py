@@ -11,7 +11,7 @@ from typing import Any
 
 from .archive import Archive
 from .archived_track import is_absent
-from .container.records import SnapshotRecord, TrackRecord
+from .container.records import BASIS, RecordRef, SnapshotRecord, TrackRecord
 from .model import TensorSpec, tensor_runs
 from .registry import CODEC_NAMES
 
@@ -47,7 +47,9 @@ class SnapshotInfo:
     ``ratio``: ``raw_bytes / restore_bytes``, the snapshot ratio. ``coding``: of a lossy tier the
     book it needs (``book``), the step, and the KL measured when the book was made. ``layers``:
     the base first; one without quality layers. ``n_absent``: frames that are not stored and must be
-    computed again from the tokens."""
+    computed again from the tokens. ``n_tokens_common``: leading tokens that the parent has too,
+    None where only the payload says it; ``added_bytes``: records that no earlier snapshot
+    needs."""
 
     number: int
     name: str
@@ -62,6 +64,8 @@ class SnapshotInfo:
     ratio: float
     coding: dict[str, Any]
     layers: list[LayerInfo]
+    n_tokens_common: int | None
+    added_bytes: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ class ArchiveInfo:
 def describe(archive: Archive) -> ArchiveInfo:
     """Describe an open archive; `DamagedError` if its structure is damaged."""
     records = [archive.record(number) for number in range(len(archive))]
-    snapshots = [_describe_snapshot(archive, record) for record in records]
+    added = _added_bytes(archive, records)
+    snapshots = [
+        _describe_snapshot(archive, record, n) for record, n in zip(records, added, strict=True)
+    ]
     header, entries = archive.container.header, archive.container.blocks
     codecs = {chunk.codec for entry in entries for chunk in entry.chunks}
     last = records[-1] if records else None
@@ -110,7 +117,7 @@ def describe(archive: Archive) -> ArchiveInfo:
     )
 
 
-def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo:
+def _describe_snapshot(archive: Archive, record: SnapshotRecord, added: int) -> SnapshotInfo:
     raw = sum(
         len(track.cells) * sum(tensor.row_bytes for tensor in track.tensors)
         for track in record.tracks
@@ -133,7 +140,33 @@ def _describe_snapshot(archive: Archive, record: SnapshotRecord) -> SnapshotInfo
         ratio=raw / restore,
         coding=dict(record.coding),
         layers=[_describe_layer(archive, record, raw, i) for i in range(len(record.layers))],
+        n_tokens_common=_n_tokens_common(archive, record),
+        added_bytes=added,
     )
+
+
+def _n_tokens_common(archive: Archive, record: SnapshotRecord) -> int | None:
+    if record.parent is not None and archive.record(record.parent).coding and not record.coding:
+        # It keeps no tokens of a parent whose tokens may need a book; decoding both is not quick.
+        return record.ids.kept or None
+    return record.ids.kept
+
+
+def _added_bytes(archive: Archive, records: Sequence[SnapshotRecord]) -> list[int]:
+    """For each snapshot the bytes of the records that it needs and none before it does."""
+    container = archive.container
+    bases = container.by_checksum(BASIS)
+    seen: set[RecordRef] = set()
+    added = []
+    for record in records:
+        blocks = {run.block for track in record.tracks for run in track.runs}
+        refs = {chunk.ref for block in blocks for chunk in container.blocks[block].chunks}
+        refs |= {entry.ref for entry in record.opaque}
+        refs |= {bases[basis] for basis in archive.bases(record) if basis in bases}
+        refs.add(container.snapshots[record.number])
+        added.append(sum(ref.length for ref in refs - seen))
+        seen |= refs
+    return added
 
 
 def _describe_layer(archive: Archive, record: SnapshotRecord, raw: int, layer: int) -> LayerInfo:

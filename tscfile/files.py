@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import TscError, UsageError
 
@@ -27,7 +28,7 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[i
     the temporary file is removed. `UsageError` if ``path`` exists and ``force`` is not given.
     """
     target = Path(path)
-    _refuse(target, force)
+    refuse(target, force)
     try:
         prefix = f".{target.name[:_LONGEST_PREFIX]}."
         fd, temporary = tempfile.mkstemp(".tmp", prefix, target.parent)
@@ -97,6 +98,25 @@ def _allocate(fd: int, size: int) -> None:
 _CANNOT_ALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
+def private(path: Path) -> BinaryIO:
+    """A new file, readable by its owner only, open for writing; replaces what was there."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE)
+    return open(fd, "wb")
+
+
+def publish(whole: Path, target: Path, *, force: bool = False) -> None:
+    """Give a finished and synced file of the same file system its name.
+
+    `UsageError` if ``target`` exists and ``force`` is not given.
+    """
+    refuse(target, force)
+    if force:
+        os.replace(whole, target)
+    else:
+        _rename_to_new(os.fspath(whole), target)
+    sync_folder(target.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename within ``folder`` last through a power cut, where the system can."""
     try:
@@ -111,7 +131,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _refuse(target: Path, force: bool) -> None:
+def refuse(target: Path, force: bool) -> None:
+    """`UsageError` if ``target`` cannot become an output."""
     if target.is_dir():
         raise UsageError(f"{target}: is a directory; name a file")
     if target.exists() and not target.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +140,9 @@ def append(
             number = store(writer, snapshot, planned, coding, label, archive, progress)
             size = writer.commit()
         except BaseException as error:
-            os.ftruncate(fd, before)
+            # Where that fails too, what is left is torn; the first error is the one to be told.
+            with suppress(OSError):
+                os.ftruncate(fd, before)
             if isinstance(error, OSError):
                 files.name_file(error, path)
             raise

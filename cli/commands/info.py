@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..options import archive_argument, json_option, print_json, printable, size
+from ..tree import draw
 
 if TYPE_CHECKING:
     from tscfile.description import ArchiveInfo, TensorGroup
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 @click.command("info")
 @archive_argument
+@click.option("--tree", is_flag=True, help="Draw the snapshots by their parents: branches show.")
 @json_option
-def command(archive: Path, as_json: bool) -> None:
+def command(archive: Path, tree: bool, as_json: bool) -> None:
     """Say what ARCHIVE holds: model, layers, snapshots, tiers and ratios."""
     from tscfile.archive import Archive
     from tscfile.description import describe
@@ -27,8 +29,24 @@ def command(archive: Path, as_json: bool) -> None:
     if as_json:
         print_json(info)
         return
-    for line in _lines(info):
+    for line in _tree(info) if tree else _lines(info):
         click.echo(printable(line))
+
+
+def _tree(info: ArchiveInfo) -> Iterator[str]:
+    """One line for each snapshot: what it shares with its parent, what it has beyond that."""
+    graph = list(draw([row.parent for row in info.snapshots]))
+    width = max((len(before) for before, _ in graph), default=0)
+    yield f"{info.path}: {len(graph)} snapshots"
+    if graph:
+        yield f"  {'':<{width}}{'#':>4}  {'plan':<16}{'tokens shared + new':>20}{'added':>10}  name"
+    for before, number in graph:
+        row = info.snapshots[number]
+        common = row.n_tokens_common
+        shared = f"{'?' if common is None else common} + {row.n_tokens - (common or 0)}"
+        yield f"  {before:<{width}}{number:>4}  {row.plan:<16}{shared:>20}" + (
+            f"{size(row.added_bytes):>10}  {row.name}"
+        )
 
 
 def _lines(info: ArchiveInfo) -> Iterator[str]:
