@@ -391,6 +391,10 @@ def _store_frames(
     lossy_coder = None if isinstance(coder, ExactCoder) else coder
     one_chunk = encode_whole is not None or lossy_coder is not None
     n_frames = blocks.block_frames(track.tensors, lossy=one_chunk)
+    frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
+    if encode_whole is not None:
+        # What is coded takes some ten times a block's size before it is coded.
+        n_frames = max(1, min(n_frames, blocks.MOST_CHUNK_BYTES // frame_bytes))
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
@@ -417,7 +421,6 @@ def _store_frames(
         return blocks.opaque_id(chunk.header.write() + chunk.body), [chunk]
 
     encode = encode_exact if encode_frames is None else encode_lossy
-    frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
         plan.store(start, stop, writer.add_block(stop - start, content, logical, chunks))

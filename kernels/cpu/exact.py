@@ -84,8 +84,8 @@ def exact_decode(
 ) -> tuple[NDArray[np.uint16], Ints, bool]:  # fmt: skip
     patterns, regressors = np.zeros(base.shape, np.uint16), np.zeros(base.shape, np.int64)
     genuine = _decode(
-        *group, base, *angles, means, *form, cumulative, lookup, words, states, cursors, ends,
-        patterns, regressors,
+        *group, base, *angles, means, *form, cumulative, lookup, words, states, cursors, patterns,
+        regressors,
     )  # fmt: skip
     return patterns, regressors, bool(genuine)
 
@@ -302,9 +302,9 @@ def _look_up(cumulative, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _refill(state, lane, words, cursors, ends):  # type: ignore[no-untyped-def]
-    # No branch, as it would be taken at random. Behind its end a lane reads rubbish: its cursor then
-    # is not where a genuine one ends.
+def _refill(state, lane, words, cursors):  # type: ignore[no-untyped-def]
+    # No branch, as it would be taken at random. Behind its end a lane reads rubbish, and its cursor
+    # is then not where a genuine one ends.
     cursor = cursors[lane]
     more = (state << _WORD) | np.uint64(words[min(cursor, len(words) - 1)])
     short = state < _LEAST
@@ -313,7 +313,7 @@ def _refill(state, lane, words, cursors, ends):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, cos, sin, means, fraction, least, cumulative, lookup, words, states, cursors, ends, patterns, regressors):  # type: ignore[no-untyped-def] # noqa: E501
+def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, cos, sin, means, fraction, least, cumulative, lookup, words, states, cursors, patterns, regressors):  # type: ignore[no-untyped-def] # noqa: E501
     n = base.shape[1]
     lanes = len(states)
     mu, where = np.empty((2, n), np.int64), np.empty((3, n), np.int64)
@@ -344,7 +344,7 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
                 begin = np.uint64(cumulative[table, symbol])
                 size = np.uint64(cumulative[table, symbol + 1]) - begin
                 state = size * (state >> np.uint64(TABLE_BITS)) + slot - begin
-                state = _refill(state, lane, words, cursors, ends)
+                state = _refill(state, lane, words, cursors)
                 raw = N_RAW
                 apart = np.int64(-1)
                 pattern = np.int64(0)
@@ -378,12 +378,12 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
                     size = np.uint64(max(right - left, 1))
                     state = size * (state >> np.uint64(log_size)) + slot
                     state -= np.uint64(left - low) if left - low <= np.int64(slot) else slot
-                    state = _refill(state, lane, words, cursors, ends)
+                    state = _refill(state, lane, words, cursors)
                     apart = abs(at - mu[member, t])
                 if raw:
                     mask = (np.uint64(1) << np.uint64(raw)) - np.uint64(1)
                     pattern += np.int64(state & mask)
-                    state = _refill(state >> np.uint64(raw), lane, words, cursors, ends)
+                    state = _refill(state >> np.uint64(raw), lane, words, cursors)
                 if symbol != ESCAPE:
                     if pattern > 0x7FFF:
                         genuine = False
