@@ -237,8 +237,9 @@ class _Compactor:
                     places[:, 1] = np.arange(len(places))
             self._advance(track, stop - start)
             return
+        frame_bytes = max(sum(tensor.row_bytes for tensor in track.tensors), 1)
         n_frames = min(
-            blocks.block_frames(track.tensors), blocks.block_frames(track.tensors, lossy=True)
+            blocks.block_frames(track.tensors), max(blocks.MOST_CHUNK_BYTES // frame_bytes, 1)
         )
         ranges = list(blocks.block_ranges(start, stop, n_frames))
         seed = logical_seed(record.identity, track)

@@ -74,12 +74,15 @@ class ExactCodec:
         patterns = self.tables.order.gather(rows, tensors, self._pairing)
         n_frames = patterns.shape[1]
         ids = np.maximum(context.history(1)[:, 0], -1)
-        events = self.events(patterns, form, context.pos, ids)
+        shape = (*patterns.shape, 3)
+        starts, sizes = np.empty(shape, np.uint32), np.empty(shape, np.uint32)
+        bits = np.empty(shape, np.uint8)
+
+        def take(channels: slice, events: ops.ExactEvents) -> None:
+            starts[channels], sizes[channels], bits[channels] = events[:3]
+
+        self.events(patterns, form, context.pos, ids, take)
         lanes = min(max(1, n_frames // _FRAMES_PER_LANE), ops.LANES)
-        starts, sizes, bits = (
-            np.concatenate([getattr(each, name) for each in events])
-            for name in ("starts", "sizes", "bits")
-        )
         words, lengths = ops.exact_encode(starts, sizes, bits, lanes)
         writer = ByteWriter().u8(PAIRINGS.index(self._pairing))
         ints.write(writer, context.pos)
@@ -96,22 +99,22 @@ class ExactCodec:
 
     def events(
         self, patterns: Patterns, form: exact.Format, pos: NDArray[np.int32],
-        ids: NDArray[np.int32],
-    ) -> list[ops.ExactEvents]:  # fmt: skip
-        """What is coded of uint16 ``[C, n]``, group by group."""
-        found: list[ops.ExactEvents] = []
+        ids: NDArray[np.int32], take: Callable[[slice, ops.ExactEvents], None],
+    ) -> None:  # fmt: skip
+        """Give ``take`` what is coded of uint16 ``[C, n]``, group by group."""
 
         def step(
             first: int, group: ExactGroup, base: Ints, turns: tuple[Ints, Ints], means: Ints
         ) -> Ints:
-            part = np.ascontiguousarray(patterns[first : first + len(base)])
-            found.append(
-                ops.exact_events(group, base, turns, means, part, form, self.tables.cumulative)
-            )
-            return found[-1].regressors
+            own = slice(first, first + len(base))
+            events = ops.exact_events(
+                group, base, turns, means, np.ascontiguousarray(patterns[own]), form,
+                self.tables.cumulative,
+            )  # fmt: skip
+            take(own, events)
+            return events.regressors
 
         self._walk(pos, ids, step)
-        return found
 
     def predictions(
         self, patterns: Patterns, form: exact.Format, pos: NDArray[np.int32],

@@ -80,12 +80,16 @@ def _store_frames(
     progress: Progress | None,
 ) -> None:
     finest, lossy = coding.finest, coding.lossy
+    frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encode_whole = coding.exact.begin(snapshot, track) if coding.exact else None
     n_frames = MAX_BLOCK_FRAMES
     if encode_whole is not None or (lossy is not None and finest.codec is not None):
         n_frames = blocks.block_frames(track.tensors, lossy=True)
     if finest.exact:
         n_frames = min(n_frames, blocks.block_frames(track.tensors))
+    if encode_whole is not None:
+        # What is coded takes some ten times a block's size before it is coded.
+        n_frames = max(1, min(n_frames, blocks.MOST_CHUNK_BYTES // frame_bytes))
     ranges = [part for span in plan.new_ranges() for part in blocks.block_ranges(*span, n_frames)]
     ids = blocks.logical_ids(
         track.cells, snapshot.tokens, logical_seed(snapshot.identity.facts, track), ranges
@@ -103,7 +107,6 @@ def _store_frames(
         chunks += encode_exact(rows, track.tensors, whole, len(chunks))
         return blocks.content_id(rows), chunks
 
-    frame_bytes = sum(tensor.row_bytes for tensor in track.tensors)
     encoded = workers.in_order(encode, ranges)
     for (start, stop), logical, (content, chunks) in zip(ranges, ids, encoded, strict=True):
         plan.store(start, stop, writer.add_block(stop - start, content, logical, chunks))

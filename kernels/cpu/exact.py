@@ -37,7 +37,7 @@ from ..exact import (
 _LENGTH = np.array([int(i).bit_length() for i in range(1 << 15)], np.int64)
 _LEAST = np.uint64(1 << STATE_BITS)
 _WORD = np.uint64(32)
-_LOOK = 8
+_LOOK = 9
 _Q1, _Q2, _Q3 = QUARTERS
 
 Ints = NDArray[np.int64]
@@ -84,8 +84,8 @@ def exact_decode(
 ) -> tuple[NDArray[np.uint16], Ints, bool]:  # fmt: skip
     patterns, regressors = np.zeros(base.shape, np.uint16), np.zeros(base.shape, np.int64)
     genuine = _decode(
-        *group, base, *angles, means, *form, cumulative, lookup, words, states, cursors, ends,
-        patterns, regressors,
+        *group, base, *angles, means, *form, cumulative, lookup, words, states, cursors, patterns,
+        regressors,
     )  # fmt: skip
     return patterns, regressors, bool(genuine)
 
@@ -302,21 +302,21 @@ def _look_up(cumulative, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _refill(state, lane, words, cursors, ends):  # type: ignore[no-untyped-def]
-    if state < _LEAST:
-        word = np.uint64(0)
-        if cursors[lane] < ends[lane]:
-            word = np.uint64(words[cursors[lane]])
-        cursors[lane] += 1
-        state = (state << _WORD) | word
-    return state
+def _refill(state, lane, words, cursors):  # type: ignore[no-untyped-def]
+    # No branch, as it would be taken at random. Behind its end a lane reads rubbish, and its cursor
+    # is then not where a genuine one ends.
+    cursor = cursors[lane]
+    more = (state << _WORD) | np.uint64(words[min(cursor, len(words) - 1)])
+    short = state < _LEAST
+    cursors[lane] = cursor + short
+    return more if short else state
 
 
 @njit(nogil=True, cache=True)
-def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, cos, sin, means, fraction, least, cumulative, lookup, words, states, cursors, ends, patterns, regressors):  # type: ignore[no-untyped-def] # noqa: E501
+def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, cos, sin, means, fraction, least, cumulative, lookup, words, states, cursors, patterns, regressors):  # type: ignore[no-untyped-def] # noqa: E501
     n = base.shape[1]
     lanes = len(states)
-    mu = np.empty((2, n), np.int64)
+    mu, where = np.empty((2, n), np.int64), np.empty((3, n), np.int64)
     genuine = True
     j = 0
     while j < base.shape[0]:
@@ -328,11 +328,14 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
         for member in range(both):
             row = j + member
             unit, sigma, reciprocal = unit_bits[row], sigmas[row], _reciprocal(sigmas[row])
-            lane = 0
+            # In a loop of its own, as nothing in it waits for the coder.
             for t in range(n):
-                first, width, table = _context(
+                where[0, t], where[1, t], where[2, t] = _context(
                     mu[member, t], means[t], sigma, unit, fraction, least
                 )
+            lane = 0
+            for t in range(n):
+                first, width, table = where[0, t], where[1, t], where[2, t]
                 state = states[lane]
                 slot = state & np.uint64((1 << TABLE_BITS) - 1)
                 symbol = np.int64(lookup[table, slot >> np.uint64(TABLE_BITS - _LOOK)])
@@ -341,7 +344,7 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
                 begin = np.uint64(cumulative[table, symbol])
                 size = np.uint64(cumulative[table, symbol + 1]) - begin
                 state = size * (state >> np.uint64(TABLE_BITS)) + slot - begin
-                state = _refill(state, lane, words, cursors, ends)
+                state = _refill(state, lane, words, cursors)
                 raw = N_RAW
                 apart = np.int64(-1)
                 pattern = np.int64(0)
@@ -375,12 +378,12 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
                     size = np.uint64(max(right - left, 1))
                     state = size * (state >> np.uint64(log_size)) + slot
                     state -= np.uint64(left - low) if left - low <= np.int64(slot) else slot
-                    state = _refill(state, lane, words, cursors, ends)
+                    state = _refill(state, lane, words, cursors)
                     apart = abs(at - mu[member, t])
                 if raw:
                     mask = (np.uint64(1) << np.uint64(raw)) - np.uint64(1)
                     pattern += np.int64(state & mask)
-                    state = _refill(state >> np.uint64(raw), lane, words, cursors, ends)
+                    state = _refill(state >> np.uint64(raw), lane, words, cursors)
                 if symbol != ESCAPE:
                     if pattern > 0x7FFF:
                         genuine = False
@@ -389,9 +392,13 @@ def _decode(weights, weight_bits, scale_bits, unit_bits, sigmas, pairs, base, co
                         pattern |= 0x8000
                 states[lane] = state
                 patterns[row, t] = pattern
-                regressors[row, t] = _regressor(pattern, scale_bits[row], fraction, least)
-                means[t] = _learn(means[t], apart, reciprocal)
+                where[0, t] = apart
                 lane = lane + 1 if lane + 1 < lanes else 0
+            for t in range(n):
+                regressors[row, t] = _regressor(
+                    patterns[row, t], scale_bits[row], fraction, least
+                )
+                means[t] = _learn(means[t], where[0, t], reciprocal)
         if both == 2:
             _turn_back(regressors, j, cos[pairs[j]], sin[pairs[j]])
         j += both

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tscfile_kernels import exact
+from tscfile_kernels import exact, ops
 
 from ..context import FrameContext
 from ..dtypes import DTYPES
@@ -288,14 +288,16 @@ class _Learner:
         codec = self._codec()
         n_symbols = exact.N_SYMBOLS
         counts = np.zeros(FREQUENCIES[0] * n_symbols)
+
+        def take(_: slice, events: ops.ExactEvents) -> None:
+            at = events.tables.astype(np.int64) * n_symbols + events.symbols
+            np.add(counts, np.bincount(at.reshape(-1), minlength=len(counts)), out=counts)
+
         for dtype in ("f16", "bf16"):
             for number in numbers:
                 for piece in self._pieces(source, number, dtype):
-                    for each in codec.events(
-                        piece.patterns, exact.FORMATS[dtype], piece.context.pos, piece.ids
-                    ):
-                        at = each.tables.astype(np.int64) * n_symbols + each.symbols
-                        counts += np.bincount(at.reshape(-1), minlength=len(counts))
+                    form = exact.FORMATS[dtype]
+                    codec.events(piece.patterns, form, piece.context.pos, piece.ids, take)
         self.arrays["frequencies"] = _frequencies(
             counts.reshape(exact.N_RATIOS, exact.N_PLACES, n_symbols)
         )
@@ -339,8 +341,8 @@ def _factor(gram: Floats, power: Floats) -> Floats:
     ridge = _RIDGE
     while True:
         try:
-            found: Floats = np.linalg.cholesky(gram + np.diag(ridge * power + 1e-9))
-            return found
+            lower = np.linalg.cholesky(gram + np.diag(ridge * power + 1e-9))
+            return lower.astype(np.float64, copy=False)
         except np.linalg.LinAlgError:
             # Sums of float32 products can be off by more than the ridge.
             if ridge > 1:
