@@ -437,7 +437,7 @@ def test_layered_vector() -> None:
     assert rows == [tensor["rows"] for tensor in wanted["tracks"][0]["tensors"]]
 
 
-@pytest.mark.parametrize("tier", ["archive", "near", "lossless"])
+@pytest.mark.parametrize("tier", ["archive", "balanced", "near"])
 def test_decoder_reads_quality_layers(tier: str, tmp_path: Path) -> None:
     path = tmp_path / "layers.tsc"
     identity = identity_from_gguf(MODEL, weights=False)

@@ -50,8 +50,9 @@ class Coding:
 
     def facts(self) -> dict[str, Any]:
         """What the snapshot records; complete once all tracks are stored."""
-        facts = {**(self.exact.facts if self.exact else {}),
-                 **(self.lossy.facts if self.lossy else {})}  # fmt: skip
+        facts: dict[str, Any] = {}
+        for coder in (self.lossy, self.exact):
+            facts |= coder.facts if coder else {}
         if len(self.tiers) > 1:
             facts["layers"] = self.names
         return facts
