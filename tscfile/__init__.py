@@ -26,6 +26,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .archive import Archive, Frames
+    from .compaction import CompactReport, compact
+    from .demotion import DemoteReport, demote
     from .packing import PackReport, append, pack
     from .product_coding import ProductOptions
     from .sources.hf_cache import from_cache, to_cache
@@ -36,7 +38,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Archive",
+    "CompactReport",
     "DamagedError",
+    "DemoteReport",
     "Frames",
     "MismatchError",
     "PackReport",
@@ -48,6 +52,8 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "append",
+    "compact",
+    "demote",
     "from_cache",
     "open",
     "pack",
@@ -58,12 +64,16 @@ __all__ = [
 
 _HOMES = {
     "Archive": "archive",
+    "CompactReport": "compaction",
+    "DemoteReport": "demotion",
     "Frames": "archive",
     "PackReport": "packing",
     "ProductOptions": "product_coding",
     "StateOptions": "unpacking",
     "VerifyReport": "verification",
     "append": "packing",
+    "compact": "compaction",
+    "demote": "demotion",
     "from_cache": "sources.hf_cache",
     "pack": "packing",
     "to_cache": "sources.hf_cache",
