@@ -16,6 +16,7 @@ from tscfile.archive import Archive
 from tscfile.books import book as books
 from tscfile.books.book import Book, TierEntry
 from tscfile.bytestream import ByteReader, ByteWriter
+from tscfile.container.metadata import dictionary_of
 from tscfile.container.reader import Container
 from tscfile.container.records import (
     CHUNK,
@@ -23,7 +24,6 @@ from tscfile.container.records import (
     ChunkHeader,
     RecordHeader,
     checksum,
-    dictionary_of,
 )
 from tscfile.container.writer import ContainerWriter, EncodedChunk
 from tscfile.context import FrameContext

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 import tscfile
 from tscfile import pipeline, registry
 from tscfile.bytestream import Allowance, ByteReader, ByteWriter
-from tscfile.container.records import ChunkHeader, read_metadata, write_metadata
+from tscfile.container.metadata import read_metadata, write_metadata
+from tscfile.container.records import ChunkHeader
 from tscfile.dtypes import DTYPES, DType, dtype_from_ggml, dtype_from_name, opaque_dtype
 from tscfile.entropy import classed_rans, classes, ints, zstd
 from tscfile.errors import DamagedError, TruncatedError, UnsupportedError

@@ -18,6 +18,7 @@ from tscfile_cli.main import main
 import tscfile
 from tscfile import registry
 from tscfile.bytestream import ByteReader, ByteWriter
+from tscfile.container.metadata import dictionary_of, write_metadata
 from tscfile.container.reader import Container
 from tscfile.container.records import (
     CHUNK,
@@ -38,8 +39,6 @@ from tscfile.container.records import (
     TokenIds,
     Trailer,
     checksum,
-    dictionary_of,
-    write_metadata,
 )
 from tscfile.container.writer import ContainerWriter
 from tscfile.entropy import zstd

@@ -23,7 +23,7 @@ from tscfile.books import book as books
 from tscfile.books import product
 from tscfile.books.measure import TARGETS
 from tscfile.bytestream import ByteWriter
-from tscfile.container import reader, records
+from tscfile.container import metadata, reader, records
 from tscfile.context import FrameContext
 from tscfile.dtypes import DTYPES, opaque_dtype
 from tscfile.entropy import classed_rans, ints, ladder, refinement, segments, token_ids
@@ -713,8 +713,8 @@ def test_registry_fields() -> None:
 
 def test_registry_metadata_types() -> None:
     rows = {int(row[0]): row[2] for row in _table("Metadata value types")}
-    widths = {type_: str(struct.calcsize(code)) for type_, code in records._LAYOUTS.items()}
-    assert rows == widths | {records._BOOL: "1", records._STRING: "–", records._ARRAY: "–"}
+    widths = {type_: str(struct.calcsize(code)) for type_, code in metadata._LAYOUTS.items()}
+    assert rows == widths | {metadata._BOOL: "1", metadata._STRING: "–", metadata._ARRAY: "–"}
 
 
 def test_registry_tiers_and_plans() -> None:
@@ -787,16 +787,16 @@ def test_usual_metadata() -> None:
         "array of u64": lambda v: [int(item) for item in v.split(", ")],
     }  # fmt: skip
     entries = [(key, read[kind](value)) for key, kind, value in said]
-    assert entries == list(records.USUAL_METADATA.items())
-    assert [type(v) for _, v in entries] == [type(v) for v in records.USUAL_METADATA.values()]
+    assert entries == list(metadata.USUAL_METADATA.items())
+    assert [type(v) for _, v in entries] == [type(v) for v in metadata.USUAL_METADATA.values()]
     writer = ByteWriter()
-    records.write_metadata(writer, dict(entries))
-    dictionary = records.dictionary_of(b"")
+    metadata.write_metadata(writer, dict(entries))
+    dictionary = metadata.dictionary_of(b"")
     assert decoder.usual_metadata() == dictionary == writer.bytes()
     assert f"{len(dictionary)} bytes" in section
     assert f"begins with `{blake3(dictionary).hexdigest()[:16]}`" in section
-    assert f"the last {records._DICTIONARY_BYTES} bytes" in section
-    assert records.dictionary_of(bytes(70000) + b"end") == (bytes(70000) + b"end")[-65536:]
+    assert f"the last {metadata._DICTIONARY_BYTES} bytes" in section
+    assert metadata.dictionary_of(bytes(70000) + b"end") == (bytes(70000) + b"end")[-65536:]
 
 
 def test_token_codings() -> None:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tscfile_kernels.ops import PROBABILITY_BITS
 
 from ..bytestream import ByteReader, ByteWriter
-from ..container.records import read_metadata, write_metadata
+from ..container.metadata import read_metadata, write_metadata
 from ..context import FrameContext
 from ..entropy import ladder, zstd
 from ..errors import DamagedError, TscError, UnsupportedError, UsageError
