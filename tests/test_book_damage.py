@@ -19,10 +19,13 @@ from tscfile.bytestream import ByteReader, ByteWriter
 from tscfile.container.metadata import dictionary_of
 from tscfile.container.reader import Container
 from tscfile.container.records import (
+    BASIS,
     CHUNK,
     SNAPSHOT,
     ChunkHeader,
+    ExtraEntry,
     RecordHeader,
+    RecordRef,
     checksum,
 )
 from tscfile.container.writer import ContainerWriter, EncodedChunk
@@ -101,6 +104,20 @@ def test_arrays_that_do_not_fit(name: str) -> None:
         with pytest.raises(DamagedError):
             use(changed(**{name: array}).to_bytes())
             pytest.fail(what)
+
+
+def test_books_that_describe_more_than_they_hold() -> None:
+    """A few kilobytes of zstd can stand for any amount of memory."""
+    large = np.zeros(80 << 20, np.uint8)
+    with pytest.raises(DamagedError, match="more than a file of its size"):
+        use(changed(ids_zeros=large).to_bytes())
+    # What no reader of this version needs is passed over.
+    use(changed(zeros=large).to_bytes())
+    assert "zeros" not in books.open_bytes(changed(zeros=large).to_bytes(), "book").book.arrays
+    more = {"basis": np.zeros((10, 8), np.int8), "basis_scales": np.ones(10, np.float32),
+            "log_sigmas": np.zeros(10, np.int16)}  # fmt: skip
+    with pytest.raises(DamagedError, match="contradict"):
+        use(changed({"book.group_coefficients": [9, 1]}, **more).to_bytes())
 
 
 def test_a_book_knows_a_token() -> None:
@@ -247,6 +264,20 @@ def test_bits_that_flip_behind_right_checksums(name: str, tmp_path: Path) -> Non
         except TscError:
             pass
     assert 0 < read < 400
+
+
+def test_references_beyond_the_file_are_not_followed() -> None:
+    with Container(VALID / "embedded.tsc") as container:
+        extra = ExtraEntry(BASIS, 0, RecordRef(1 << 63, 100))
+        container.segments[-1] = replace(container.segments[-1], extras=(extra,))
+        assert container.by_checksum(BASIS) == {}
+
+
+def test_snapshots_with_frames_of_a_book_name_it(tmp_path: Path) -> None:
+    """A reader that has them decoded some other time would not find it."""
+    path = structured(tmp_path, b"\x04book\x08", b"\x04bood\x08")
+    with Archive(path, book=BOOK) as archive, pytest.raises(DamagedError, match="names none"):
+        archive.record()
 
 
 def structured(tmp_path: Path, old: bytes, new: bytes) -> Path:

@@ -158,6 +158,26 @@ def test_what_no_snapshot_needs_goes_too(made: dict[str, Path], tmp_path: Path) 
         assert len(archive) == 1 and not archive.container.extras(records.BASIS)
 
 
+def test_saves_with_and_without_a_book_in_one_file(tmp_path: Path) -> None:
+    """Frames that a save without a book has stay readable without it."""
+    path, out = tmp_path / "mixed.tsc", tmp_path / "out.tsc"
+    identity = identity_from_gguf(MODEL)
+    tscfile.pack(SERIES[0], path, identity=identity)
+    for save in SERIES[1:3]:
+        tscfile.append(save, path, tier="lossless", book=BOOK)
+    tscfile.append(SERIES[3], path, tier=["archive", "lossless"], book=BOOK)
+    compact(path, out, book=BOOK)
+    assert not verify(out, book=BOOK).problems
+    for number in range(4):
+        back = tmp_path / "back.kv"
+        book = BOOK if number else None
+        tscfile.unpack(out, back, snapshot=number, book=book, force=True)
+        assert back.read_bytes() == SERIES[number].read_bytes()
+    compact(out, drop=[0], book=BOOK)
+    tscfile.unpack(out, tmp_path / "last.kv", book=BOOK)
+    assert (tmp_path / "last.kv").read_bytes() == SERIES[3].read_bytes()
+
+
 def test_in_place_or_not_at_all(made: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "series.tsc"
     shutil.copyfile(made["lossless"], path)

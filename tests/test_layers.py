@@ -240,9 +240,39 @@ def test_coarser_snapshots_stay_and_finer_ones_are_refused(tmp_path: Path) -> No
     path, cut = single(tmp_path, "balanced"), tmp_path / "cut.tsc"
     assert demote(path, cut, "near").n_demoted == 0
     assert cut.read_bytes() == path.read_bytes()
+    assert demote(path, cut, "lossless", force=True).n_demoted == 0
     with pytest.raises(UsageError, match="snapshot 0 has no layer compact, only balanced"):
         demote(path, tmp_path / "no.tsc", "compact")
     assert not (tmp_path / "no.tsc").exists()
+
+
+def test_only_named_models_are_cut_to_tokens(layered: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not name its model"):
+        demote(layered, tmp_path / "cut.tsc", "tokens", book=BOOK)
+
+
+def test_lossy_saves_take_no_part_of_layers(layered: Path, tmp_path: Path) -> None:
+    """Or demoting would have to keep what it is to drop."""
+    path = tmp_path / "copy.tsc"
+    shutil.copyfile(layered, path)
+    report = tscfile.append(SESSION, path, tier="balanced", book=BOOK)
+    assert report.n_frames_kept == 0
+    demote(path, tmp_path / "cut.tsc", "balanced")
+    with Archive(tmp_path / "cut.tsc", book=BOOK) as archive:
+        assert not archive.snapshot(0).exact and not archive.snapshot(1).exact
+
+
+def test_too_many_layers_are_damage(layered: Path, tmp_path: Path) -> None:
+    from tscfile.container.records import MAX_LAYERS
+
+    with Archive(layered) as archive:
+        block = archive.container.blocks[0]
+        chunk = block.chunks[1]
+        chunks = [block.chunks[0], *(replace(chunk, quality_layer=n) for n in range(1, 17))]
+        track = archive.record().tracks[0]
+        archive._check_chunks(replace(block, chunks=tuple(chunks[:MAX_LAYERS])), track, "test")
+        with pytest.raises(DamagedError, match="17 quality layers"):
+            archive._check_chunks(replace(block, chunks=tuple(chunks)), track, "test")
 
 
 def test_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -423,3 +423,11 @@ def test_a_resume_continues_from_a_lossy_archive(packed: Path) -> None:
     with Archive(packed, book=BOOK) as archive:
         result = resume(archive.snapshot(), MODEL, " We must", 16)
     assert result.n_reused == 399 and len(result.tokens) == 16
+
+
+def test_every_integer_of_32_bits_has_a_symbol() -> None:
+    bounds = np.iinfo(np.int32)
+    values = np.array([[bounds.min, bounds.max, -16, 15, 0, -1]], np.int32)
+    symbols, escaped = ladder.to_symbols(values)
+    assert escaped.tolist() == [bounds.min, bounds.max, -16]
+    assert np.array_equal(ladder.from_symbols(symbols, escaped), values)

@@ -21,6 +21,7 @@ from .container.records import (
     BOOK,
     CHUNK,
     CODEBOOKS,
+    MAX_LAYERS,
     OPAQUE,
     SNAPSHOT,
     BlockEntry,
@@ -302,15 +303,16 @@ class Archive:
 
     def book_codec(self, record: SnapshotRecord) -> BookCodec:
         """The codec of a snapshot's book; `UsageError` if the book cannot be found."""
-        if record.number not in self._codecs:
-            from .book_codec import BookCodec
+        with self._lock:
+            if record.number not in self._codecs:
+                from .book_codec import BookCodec
 
-            opened = self._book(record.coding, f"{self.path}: snapshot {record.number}")
-            facts = dict(record.identity)
-            if "rope_pairing" in record.coding:
-                facts["rope_pairing"] = record.coding["rope_pairing"]
-            self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
-        return self._codecs[record.number]
+                opened = self._book(record.coding, f"{self.path}: snapshot {record.number}")
+                facts = dict(record.identity)
+                if "rope_pairing" in record.coding:
+                    facts["rope_pairing"] = record.coding["rope_pairing"]
+                self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
+            return self._codecs[record.number]
 
     def token_coder(self, record: SnapshotRecord) -> TokenCoder | None:
         """What token ids of a snapshot with a book are coded with."""
@@ -470,9 +472,13 @@ class Archive:
         )
         if record.number != number:
             raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
+        has_book = isinstance(record.coding.get("book"), str)
         for track in record.tracks:
             for run in track.runs:
-                self._check_chunks(self.block(run), track, where)
+                block = self.block(run)
+                self._check_chunks(block, track, where)
+                if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
+                    raise DamagedError(f"{where}: has frames of a book and names none; damaged")
         self._records[number] = record, structure
         self._record_bytes[number] = full - allowance.left
         # The oldest go; one that is needed again is read again.
@@ -485,6 +491,8 @@ class Archive:
         the layers build on each other."""
         if is_absent(block):
             return
+        if block.n_layers > MAX_LAYERS:
+            raise DamagedError(f"{where}: a block of {block.n_layers} quality layers; damaged")
         by_layer = [block.layer(number) for number in range(block.n_layers)]
         whole = block.chunks == tuple(chunk for chunks in by_layer for chunk in chunks)
         for number, chunks in enumerate(by_layer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,11 @@ class ArchivedTrack:
 
     def decode(self, run: FrameRun, cell: int, chunk: ChunkEntry) -> list[Rows]:
         """Rows of ``run``, whose first frame is cell ``cell``, from one chunk of its block."""
+        # A stranger's book may lead to infinities, which rows can hold.
+        with np.errstate(all="ignore"):
+            return self._decode_run(run, cell, chunk)
+
+    def _decode_run(self, run: FrameRun, cell: int, chunk: ChunkEntry) -> list[Rows]:
         if chunk.codec not in registry.LOSSY:
             rows = self.exact_rows(run.block, chunk)
             return [part[run.first : run.first + run.count] for part in rows]
@@ -170,6 +175,11 @@ class ArchivedTrack:
         if codebook not in self._archive.codebooks(self._owner):
             raise DamagedError(f"{where}: is coded with codebooks that its snapshot lacks; damaged")
         return self._archive.session_product(codebook, where)
+
+    @property
+    def coding(self) -> dict[str, Any]:
+        """What the snapshot says of how its frames are coded."""
+        return self._owner.coding
 
     def codec(self) -> BookCodec:
         """What the snapshot's book-coded chunks are decoded with."""

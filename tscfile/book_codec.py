@@ -181,7 +181,7 @@ class BookCodec:
         """
         frames: list[list[_Integers]] = []
         for payloads, first, count in parts:
-            layers = self._layers(payloads, where)
+            layers = list(self._layers(payloads, where))
             stop = 0
             for segments_of_layers in zip(*layers, strict=True):
                 start, stop = stop, stop + len(segments_of_layers[0].values)
@@ -276,13 +276,20 @@ class BookCodec:
         """The integers of a whole block at the last of the layers; `DamagedError` if they are no
         layers of one block."""
         found: list[Segment] = []
-        for each in self._layers(payloads, where)[-1]:
+        for each in self._integers(payloads, where):
             start = found[-1].stop if found else 0
             step = 2.0 ** (each.log_step / ladder.UNITS_PER_OCTAVE)
             found.append(Segment(start, start + len(each.values), step, each.counts, each.values))
         return found
 
-    def _layers(self, payloads: Sequence[memoryview], where: str) -> list[list[_Integers]]:
+    def _integers(self, payloads: Sequence[memoryview], where: str) -> list[_Integers]:
+        """Segments of the last of the layers of a whole block."""
+        integers: list[_Integers] = []
+        for integers in self._layers(payloads, where):  # noqa: B007 - the last is wanted
+            pass
+        return integers
+
+    def _layers(self, payloads: Sequence[memoryview], where: str) -> Iterator[list[_Integers]]:
         """Segments of each layer of a whole block; all layers have the same frames in them."""
         reader = ByteReader(payloads[0], where)
         n_frames = ChunkHeader.read(reader).n_frames
@@ -295,13 +302,13 @@ class BookCodec:
             integers.append(_Integers(log_step, self.book.stored(log_step), values))
             start += len(values)
         reader.end()
-        layers = [integers]
+        yield integers
         for payload in payloads[1:]:
             reader = ByteReader(payload, where)
             ChunkHeader.read(reader)
-            layers.append([self._refine(reader, below) for below in layers[-1]])
+            integers = [self._refine(reader, below) for below in integers]
             reader.end()
-        return layers
+            yield integers
 
     def _refine(self, reader: ByteReader, below: _Integers) -> _Integers:
         """The next segment of a refinement, which is of the frames of ``below``."""
@@ -312,7 +319,8 @@ class BookCodec:
         centres, classes = self._expect(below, step)
         apart = segments.read_values(reader, 1, classes.reshape(-1), self.book.frequencies)
         values = centres + apart.reshape(centres.shape)
-        if np.abs(values).max(initial=0) > np.iinfo(np.int32).max:
+        bounds = np.iinfo(np.int32)
+        if values.size and not bounds.min <= values.min() <= values.max() <= bounds.max:
             raise DamagedError(f"{reader.where}: refined integers beyond 32 bits; damaged")
         return _Integers(step, self.book.stored(step), values.astype(np.int32))
 

@@ -1,7 +1,8 @@
 """Write a long-lived archive again: without some snapshots, small blocks joined to full ones.
 
-Nothing that is kept changes: rows of exact layers are coded again from the very rows, integers of a
-book's layers are carried over as they are, and blocks of other codecs are copied.
+Nothing that is stored of what is kept changes: rows of exact layers are coded again from the very
+rows, integers of a book's layers are carried over as they are, blocks of other codecs are copied.
+Rows of lossy tiers are sums in floating point, whose last bits may differ in longer blocks.
 """
 
 from __future__ import annotations
@@ -116,6 +117,11 @@ class _Compactor:
         self._new_number = {number: i for i, number in enumerate(kept)}
         self._progress = progress or (lambda n: None)
         self._copier = Copier(archive, writer)
+        # Of each old block the books that those name who refer to it.
+        self._users: dict[int, set[object]] = {}
+        for record in self._records:
+            for run in (run for track in record.tracks for run in track.runs):
+                self._users.setdefault(run.block, set()).add(record.coding.get("book"))
         # Of each old block the new block and frame of each of its frames; -1: not placed yet.
         self._places: dict[int, NDArray[np.int64]] = {}
 
@@ -219,7 +225,8 @@ class _Compactor:
         whole = (run.first, run.count) == (0, entry.n_frames)
         if whole and entry.n_frames >= BLOCK_FRAMES:
             return None
-        return tuple("exact" if set(each) <= exact else each for each in codecs)
+        users = frozenset(self._users[run.block])
+        return users, *("exact" if set(each) <= exact else each for each in codecs)
 
     def _store(
         self, track: ArchivedTrack, record: SnapshotRecord, start: int, stop: int,
@@ -274,7 +281,10 @@ class _Compactor:
             return blocks.opaque_id(*(c.header.write() + c.body for c in chunks)), chunks
         rows, whole = track.read(start, stop), None
         entries = [self._archive.block(run) for run in runs]
-        if any(chunk.codec == registry.BOOK_EXACT for entry in entries for chunk in entry.chunks):
+        has_book = len(self._users[runs[0].block]) == 1 and "book" in track.coding
+        if has_book and any(
+            chunk.codec == registry.BOOK_EXACT for entry in entries for chunk in entry.chunks
+        ):
             coder = track.codec().exact
             assert coder is not None
             whole = coder.encode(rows, track.tensors, track.context(start, stop))

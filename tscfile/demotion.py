@@ -71,11 +71,16 @@ def demote(
 def _top(archive: Archive, record: SnapshotRecord, tier: str) -> int | None:
     """The last layer that a snapshot keeps, -1 for none; None if it stays as it is."""
     if tier_from_name(tier).codec is None and tier != record.tier:
+        if "weights_blake3" not in record.identity:
+            raise UsageError(
+                f"{archive.path}: snapshot {record.number} does not name its model; only what was "
+                "packed with --model can be computed again"
+            )
         check_recomputable(archive.snapshot(record.number))
         return -1
     if tier in record.layers[:-1]:
         return record.layers.index(tier)
-    if tier == record.tier or _is_coarser(record.tier, tier):
+    if tier == record.tier or tier_from_name(tier).exact or _is_coarser(record.tier, tier):
         return None
     raise UsageError(
         f"{archive.path}: snapshot {record.number} has no layer {tier}, only "

@@ -96,8 +96,11 @@ def _plan_track(
 
     def same(start: int, stop: int, run: FrameRun) -> NDArray[np.bool_]:
         entry, none = archive.block(run), np.zeros(stop - start, bool)
-        if len(coding.tiers) > 1 and entry.n_layers != len(coding.tiers):
-            return none
+        if entry.n_layers > 1 or len(coding.tiers) > 1:
+            # Demoting could not tell which of the layers a lossy save wants.
+            layers_fit = entry.n_layers == len(coding.tiers)
+            if not layers_fit and (len(coding.tiers) > 1 or not coding.finest.exact):
+                return none
         if is_absent(entry) and not isinstance(coding.lossy, TokensCoder):
             # There is nothing to compare with.
             return none

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from ..options import (
+    STDIO,
     archive_argument,
     book_option,
     check_apart,
     force_option,
     json_option,
+    output_file,
     print_json,
     progress,
     quiet_option,
@@ -22,8 +25,10 @@ from ..options import (
 
 @click.command("compact")
 @archive_argument
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
-              help="The archive to make; in place of ARCHIVE by default.")  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    help="The archive to make; in place of ARCHIVE by default.",
+)  # fmt: skip
 @click.option("--drop", metavar="N[,N]", default="", help="Saves to leave out, by number.")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N",
               help="Leave out all saves but the last N.")  # fmt: skip
@@ -38,8 +43,8 @@ def command(
 ) -> None:  # fmt: skip
     """Write ARCHIVE again, without the saves that are dropped, in full blocks.
 
-    What is kept stays as it is, bit for bit. ARCHIVE is replaced once the new file is whole and on
-    the disk.
+    What is stored of a save that is kept stays: exact rows bit for bit, of lossy tiers the integers
+    that rows are made of. ARCHIVE is replaced once the new file is whole and on the disk.
     """
     from tscfile.archive import Archive
     from tscfile.compaction import compact
@@ -57,12 +62,15 @@ def command(
         if keep_last is not None:
             dropped = list(range(max(len(opened) - keep_last, 0)))
         total = sum(snapshot.raw_bytes for snapshot in describe(opened).snapshots)
-    with progress("compacting", total, quiet) as advance:
+    with (
+        output_file(output) if output is not None else nullcontext() as target,
+        progress("compacting", total, quiet) as advance,
+    ):
         report = compact(
-            archive, output, drop=dropped, book=book, force=force, wait=not no_wait,
+            archive, target, drop=dropped, book=book, force=force, wait=not no_wait,
             progress=advance,
         )  # fmt: skip
-    if as_json:
+    if as_json and str(output) != STDIO:
         print_json(report)
     say(
         f"{output or archive}: {report.n_snapshots} of {report.snapshots_before} snapshots, "

@@ -81,7 +81,7 @@ def _lines(info: ArchiveInfo) -> Iterator[str]:
         )
         for layer in row.layers if len(row.layers) > 1 else ():
             yield " " * 31 + f"{layer.tier:<10}{'':>26}{size(layer.restore_bytes):>10}" + (
-                f"{layer.ratio:>7.2f}x"
+                f"{layer.ratio:>9.2f}x"
             )
     yield ""
     yield f"  snapshot ratio {info.snapshot_ratio:.3f}x   series ratio {info.series_ratio:.3f}x"

@@ -65,6 +65,8 @@ def command(
     from tscfile.conversations import MIN_COMMON
     from tscfile.watching import Watcher
 
+    if slot_dir.resolve() == archive_dir.resolve():
+        raise click.UsageError(f"{archive_dir} holds the saves; name another folder for archives")
     options = PackOptions(chosen_tiers(tier, tiers), book, identity=model_identity(model))
     watcher = Watcher(
         slot_dir, archive_dir, options, min_common=min_common or MIN_COMMON, settle=settle,

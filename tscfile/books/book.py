@@ -30,7 +30,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from tscfile_kernels.ops import PROBABILITY_BITS
 
-from ..bytestream import ByteReader, ByteWriter
+from ..bytestream import Allowance, ByteReader, ByteWriter
 from ..container.metadata import read_metadata, write_metadata
 from ..context import FrameContext
 from ..entropy import ladder, zstd
@@ -48,6 +48,11 @@ VERSION = 2
 HASH_BYTES = 32
 SUFFIX = ".tscbook"
 IDS_PREFIX = "ids_"
+_OPTIONAL = (IDS_PREFIX, "exact_", "product_")
+"""How the names of arrays begin that a book may lack."""
+
+_MEMORY_PER_BYTE, _MEMORY_SLACK = 64, 1 << 26
+"""Bytes that the arrays of a book may take for each of its own, and beside."""
 
 _DTYPES = {
     "f4": "<f4", "f2": "<f2", "i1": "<i1", "u1": "<u1", "i2": "<i2", "u2": "<u2", "i4": "<i4",
@@ -303,7 +308,8 @@ class Book:
         whole = len(data) >= len(MAGIC) + HASH_BYTES
         if not whole or blake3(data[:-HASH_BYTES]).digest() != book_id(data):
             raise DamagedError(f"{where}: the book's hash is wrong; it is damaged or cut short")
-        reader = ByteReader(memoryview(data)[len(MAGIC) : -HASH_BYTES], where)
+        allowance = Allowance(_MEMORY_PER_BYTE * len(data) + _MEMORY_SLACK)
+        reader = ByteReader(memoryview(data)[len(MAGIC) : -HASH_BYTES], where, allowance)
         version = reader.uvarint()
         if version != VERSION:
             raise UnsupportedError(f"{where}: book version {version}; this build reads {VERSION}")
@@ -315,9 +321,7 @@ class Book:
             tiers[name] = TierEntry(name, *reader.unpack("idd"))
         arrays: dict[str, NDArray[Any]] = {}
         for _ in range(reader.count(4)):
-            name, array = _read_array(reader)
-            _once(name, arrays, where)
-            arrays[name] = array
+            _read_array(reader, arrays)
         reader.end()
         _check(facts, arrays, tiers, where)
         return cls(facts, arrays, tiers)
@@ -383,11 +387,11 @@ def _layers_fit(facts: dict[str, Any], sizes: dict[str, int]) -> bool:
     return (
         sizes["C"] % (2 * n_layers * facts["book.head_dim"]) == 0
         and (sizes["N"], sizes["w"]) == (2 * n_layers, sizes["C"] // (2 * n_layers))
-        and sizes["c"] == sizes["C"] // n_layers * per_group
+        and 0 < sizes["c"] == sizes["C"] // n_layers * per_group
         and 0 < 2 * sizes["r"] <= facts["book.head_dim"]
         and 0 < facts["book.rope_scale"] < math.inf
         and all(len(each) == n_layers // per_group for each in counts)
-        and all(isinstance(n, int) and n >= 0 for each in counts for n in each)
+        and all(isinstance(n, int) and 0 <= n <= sizes["c"] for each in counts for n in each)
         and (sum(counts[0]), sum(counts[1])) == (sizes["R"], sizes["P"])
     )
 
@@ -422,17 +426,23 @@ def _once(name: str, among: Mapping[str, object], where: str) -> None:
         raise DamagedError(f"{where}: the book names {name!r} twice; damaged")
 
 
-def _read_array(reader: ByteReader) -> tuple[str, NDArray[Any]]:
+def _read_array(reader: ByteReader, arrays: dict[str, NDArray[Any]]) -> None:
+    """Add the next array to ``arrays``; one that is not known here is passed over."""
     name, code = reader.string(), reader.string()
+    _once(name, arrays, reader.where)
     if code not in _DTYPES:
         raise DamagedError(f"{reader.where}: array {name!r} has unknown type {code!r}; damaged")
     shape = tuple(reader.uvarint(limit=_MAX_ELEMENTS) for _ in range(reader.uvarint(limit=4)))
     dtype = np.dtype(_DTYPES[code])
     n_bytes = math.prod(shape) * dtype.itemsize
-    content = zstd.decompress(reader.take(reader.uvarint()), n_bytes, reader.where)
+    packed = reader.take(reader.uvarint())
+    if name not in _SHAPES and not name.startswith(_OPTIONAL):
+        return
+    reader.claim(n_bytes)
+    content = zstd.decompress(packed, n_bytes, reader.where)
     if len(content) != n_bytes:
         raise DamagedError(f"{reader.where}: array {name!r} has the wrong size; damaged")
-    return name, np.frombuffer(content, dtype).reshape(shape)
+    arrays[name] = np.frombuffer(content, dtype).reshape(shape)
 
 
 def book_id(data: bytes | memoryview) -> bytes:

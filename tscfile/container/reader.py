@@ -110,6 +110,9 @@ class Container:
         """The same by the checksum of their payload; of equal ones the oldest."""
         found: dict[int, RecordRef] = {}
         for ref in self.extras(type_):
+            if ref.offset + RecordHeader.SIZE > self.whole_end:
+                # Whoever needs it will not find it.
+                continue
             head = os.pread(self._fd, RecordHeader.SIZE, ref.offset)
             where = f"{self.path}: {RECORD_NAMES[type_]} at offset {ref.offset}"
             found.setdefault(RecordHeader.read(head, where).payload_checksum, ref)

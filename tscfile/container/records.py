@@ -44,6 +44,8 @@ ALIGNED_FROM = 4096
 MAX_BLOCK_FRAMES = 1 << 16
 MAX_CHUNK_BYTES = 1 << 30
 MAX_CHUNK_TENSORS = 0xFFFF
+MAX_LAYERS = 16
+"""Quality layers of a block."""
 ID_BYTES = 16
 
 # About what an item takes in memory once it is read; claimed before, see `Allowance`.

@@ -35,7 +35,8 @@ def class_of(log_sigmas: NDArray[np.int16], log_step: int) -> NDArray[np.int64]:
 
 def to_symbols(values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Symbols of ``values`` and those values that escape, in order."""
-    size = np.abs(values)
+    # The least of 32 bits has no positive counterpart in them.
+    size = np.abs(values.astype(np.int64))
     symbols = 2 * size - (values > 0)
     escapes = size > LARGEST
     symbols[escapes] = ESCAPE

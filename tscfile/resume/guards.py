@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +133,7 @@ def check_shape(
     the engine compares the rows.
     """
     facts = identity.facts
-    n_vocab = facts.get("vocab_size")
+    n_vocab = _count(facts, "vocab_size")
     if n_vocab is not None and len(snapshot.tokens) and int(snapshot.tokens.max()) >= n_vocab:
         raise MismatchError(
             f"{model_path}: token {int(snapshot.tokens.max())} of the state is outside the model's "
@@ -140,21 +141,26 @@ def check_shape(
         )
     for track in snapshot.tracks:
         n_layers = 1 + max((tensor.layer for tensor in track.tensors), default=-1)
-        if n_layers > facts.get("n_layers", n_layers):
-            raise MismatchError(
-                f"{model_path}: the state has {n_layers} layers, the model {facts['n_layers']}"
-            )
+        known = _count(facts, "n_layers")
+        if known is not None and n_layers > known:
+            raise MismatchError(f"{model_path}: the state has {n_layers} layers, the model {known}")
         if len({other.cache for other in snapshot.tracks}) == 1:
             _check_rows(track.tensors, facts, model_path)
+
+
+def _count(facts: dict[str, Any], key: str) -> int | None:
+    """A fact that counts something; None where it is not known, or is no number for all layers."""
+    value = facts.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _check_rows(
     tensors: Sequence[TensorSpec], facts: dict, model_path: str | os.PathLike[str]
 ) -> None:
-    n_heads = facts.get("n_kv_heads")
+    n_heads = _count(facts, "n_kv_heads")
     for tensor in tensors:
-        head_dim = facts.get(f"head_dim_{tensor.role}")
-        if tensor.dtype.name not in DTYPES or head_dim is None or not isinstance(n_heads, int):
+        head_dim = _count(facts, f"head_dim_{tensor.role}")
+        if tensor.dtype.name not in DTYPES or head_dim is None or n_heads is None:
             continue
         if tensor.n_channels != n_heads * head_dim:
             raise MismatchError(
