@@ -17,6 +17,7 @@ from .container.records import (
     FrameRun,
     SnapshotRecord,
     TrackRecord,
+    common_prefix,
 )
 from .context import FrameContext
 from .errors import DamagedError, UsageError
@@ -198,6 +199,19 @@ class ArchivedTrack:
     def tokens(self) -> NDArray[np.int32]:
         """Token ids of the snapshot, int32 ``[n_tokens]``."""
         return self._archive.tokens(self._owner.number)
+
+    def same_tokens(
+        self, tokens: NDArray[np.int32], pos: NDArray[np.int32]
+    ) -> NDArray[np.bool_]:
+        """At which positions ``pos`` all tokens so far are those of ``tokens``, bool ``[n]``."""
+        same: NDArray[np.bool_] = pos < common_prefix(self.tokens, tokens)
+        return same
+
+    def may_be_same(self, tokens: NDArray[np.int32], pos: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """The same, and true wherever one of both does not know its tokens."""
+        if not len(self.tokens) or not len(tokens):
+            return np.ones(len(pos), bool)
+        return self.same_tokens(tokens, pos)
 
     def context(self, start: int, stop: int) -> FrameContext:
         """What is known of cells ``start`` to ``stop`` without the payload."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import blocks, registry, tokens
 from .archive import Archive
 from .archived_track import ArchivedTrack
-from .container.records import FrameRun, SnapshotRecord, common_prefix
+from .container.records import FrameRun, SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
@@ -137,8 +137,7 @@ class BookCoder:
         rows = track.read(start, stop)
         near = self._codec.same(payloads, run.first, rows, track.tensors, context, where)
         # A frame is decoded from all tokens up to it.
-        same: NDArray[np.bool_] = near & (context.pos < common_prefix(old.tokens, snapshot.tokens))
-        return same
+        return near & old.same_tokens(snapshot.tokens, context.pos)
 
 
 def is_step(value: object) -> bool:
@@ -275,9 +274,8 @@ class SessionCoder:
         codec = old.session_codec(payload, where)
         pos = track.cells.pos[start:stop]
         near = codec.same(payload, run.first, track.read(start, stop), track.tensors, pos, where)
-        if len(old.tokens) and len(snapshot.tokens):
-            # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
-            near &= pos < common_prefix(old.tokens, snapshot.tokens)
+        # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
+        near &= old.may_be_same(snapshot.tokens, pos)
         if near.any():
             self._note(codec.basis.id)
         return near

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import registry
 from .archive import Archive
 from .archived_track import ArchivedTrack
-from .container.records import FrameRun, SnapshotRecord, common_prefix
+from .container.records import FrameRun, SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
@@ -120,8 +120,7 @@ class BookProductCoder:
         rows = track.read(start, stop)
         near = self._codec.same(payload, run.first, rows, track.tensors, context, where)
         # A frame is decoded from all tokens up to it.
-        same: NDArray[np.bool_] = near & (context.pos < common_prefix(old.tokens, snapshot.tokens))
-        return same
+        return near & old.same_tokens(snapshot.tokens, context.pos)
 
 
 class _Count:
@@ -241,9 +240,8 @@ class SessionProductCoder:
         rows = track.read(start, stop)
         codec = old.product_codec(payload, where)
         near = codec.same(payload, run.first, rows, track.tensors, context, where)
-        if len(old.tokens) and len(snapshot.tokens):
-            # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
-            near &= context.pos < common_prefix(old.tokens, snapshot.tokens)
+        # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
+        near &= old.may_be_same(snapshot.tokens, context.pos)
         if near.any():
             self._note(codebooks)
         return near

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .archive import Archive
 from .archived_track import ArchivedTrack, is_absent
-from .container.records import FrameRun, common_prefix
+from .container.records import FrameRun
 from .container.writer import ContainerWriter, EncodedChunk
 from .errors import UnsupportedError, UsageError
 from .model import Snapshot, Track
@@ -47,10 +47,7 @@ class TokensCoder:
         """Frames that are not stored either and come from the same tokens."""
         if not is_absent(archive.block(run)):
             return np.zeros(stop - start, bool)
-        same: NDArray[np.bool_] = track.cells.pos[start:stop] < common_prefix(
-            old.tokens, snapshot.tokens
-        )
-        return same
+        return old.same_tokens(snapshot.tokens, track.cells.pos[start:stop])
 
 
 def _encode_nothing(span: Span) -> list[EncodedChunk]:
