@@ -379,16 +379,17 @@ def test_file_that_grows_too_large(tmp_path: Path) -> None:
     packed, kept = tmp_path / "session.tsc", tmp_path / "series.tsc"
     tscfile.pack(SESSION, packed)
     tscfile.pack(TURNS[2], kept)
-    content = kept.read_bytes()
+    content, whole = kept.read_bytes(), packed.read_bytes()
     for arguments in (
         ["pack", SESSION, "-o", tmp_path / "x.tsc"], ["unpack", packed, "-o", tmp_path / "x.kv"],
         ["append", kept, TURNS[4]], ["pack", SESSION, "-f", "-o", kept],
+        ["demote", packed, "--to", "lossless", "-o", tmp_path / "x.tsc"], ["compact", packed],
     ):  # fmt: skip
         done = process(*arguments, preexec_fn=small_files)
         _, err = done.communicate(timeout=60)
         assert done.returncode == 1 and err.count(b"\n") == 1 and b"file too large" in err
         assert str(tmp_path).encode() in err and b".tmp" not in err
-    assert kept.read_bytes() == content
+    assert kept.read_bytes() == content and packed.read_bytes() == whole
     assert sorted(os.listdir(tmp_path)) == ["series.tsc", "session.tsc"]
 
 
@@ -421,6 +422,17 @@ def test_interrupted_unpack(large: Path, tmp_path: Path) -> None:
     running = process("unpack", tmp_path / "x.tsc", "-o", tmp_path / "x.kv")
     interrupt_when(running, lambda: grown(tmp_path, ".tmp", 1 << 20))
     assert os.listdir(tmp_path) == ["x.tsc"]
+
+
+@pytest.mark.parametrize("command", ["demote", "compact"])
+def test_interrupted_rewriting(command: str, large: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.tsc"
+    tscfile.pack(large, path)
+    content = path.read_bytes()
+    options = ["--to", "lossless", "-o", tmp_path / "y.tsc"] if command == "demote" else []
+    running = process(command, path, *options)
+    interrupt_when(running, lambda: grown(tmp_path, ".tmp", 1 << 20))
+    assert os.listdir(tmp_path) == ["x.tsc"] and path.read_bytes() == content
 
 
 def test_interrupted_append(large: Path, tmp_path: Path) -> None:

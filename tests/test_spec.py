@@ -818,14 +818,23 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"| frames of a block | {records.MAX_BLOCK_FRAMES} |" in text
     assert "| raw length of a chunk, row bytes | 2^30 |" in text
     assert records.MAX_CHUNK_BYTES == 1 << 30
+    assert f"| quality layers of a block | {records.MAX_LAYERS} |" in text
+    assert records.MAX_CHUNK_TENSORS == 65535 and "*tensor count*, at most 65535" in text
+    assert refinement.MAX_RATIO == 3072
+    refinement_page = (SPEC / "codecs" / "book-refinement.md").read_text(encoding="utf-8")
+    assert refinement_page.count("0 < `b − f` ≤ 3072") == 2
+    book_page = (SPEC / "book.md").read_text(encoding="utf-8")
+    assert (books._MEMORY_PER_BYTE, books._MEMORY_SLACK) == (64, 1 << 26)
+    assert "64 × file size + 2^26 bytes" in book_page
     assert f"`{records.Header.MAGIC.hex(' ')}`" in text
     assert f"`{records.Trailer.MAGIC.hex(' ')}`" in text
     assert f"multiple of {records.PAYLOAD_ALIGNMENT}" in text
     assert f"payload of {records.ALIGNED_FROM} bytes or more" in text
     assert reader._SLACK_BYTES == 1 << 25 and "2 × file size + 2^25 bytes" in text
     said = {int(n) for n in re.findall(r"(\d+) an? (?!ints)[a-z]", text)}
-    counted = {value for name, value in vars(records).items() if name.endswith("_MEMORY")}
-    assert counted <= said
+    names = {**vars(records), **vars(metadata)}
+    counted = {value for name, value in names.items() if name.endswith("_MEMORY")}
+    assert len(counted) > 8 and counted <= said
 
 
 def test_codec_pages_have_the_same_headings() -> None:
