@@ -77,6 +77,15 @@ class ByteReader:
             raise DamagedError(f"{self.where}: a variable-length integer is out of range")
         return value
 
+    def svarint(self) -> int:
+        """A signed integer of 64 bits: zigzag, then uvarint.
+
+        >>> ByteReader(memoryview(bytes([3])), "here").svarint()
+        -2
+        """
+        value = self.uvarint()
+        return value >> 1 ^ -(value & 1)
+
     def claim(self, n_bytes: int) -> None:
         """Take memory from the allowance, if there is one; `DamagedError` if it is used up."""
         if self._allowance is not None:
@@ -140,6 +149,9 @@ class ByteWriter:
             value >>= 7
         self._parts.append(value)
         return self
+
+    def svarint(self, value: int) -> ByteWriter:
+        return self.uvarint(value << 1 if value >= 0 else (-value << 1) - 1)
 
     def string(self, text: str) -> ByteWriter:
         raw = text.encode()

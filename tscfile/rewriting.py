@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +10,10 @@ import numpy as np
 from . import blocks
 from .archive import Archive
 from .bytestream import ByteReader
-from .container.records import OPAQUE, ChunkHeader, RecordRef, SnapshotRecord
+from .container.records import OPAQUE, ChunkHeader, FrameRun, RecordRef
+from .container.snapshots import SnapshotRecord, dictionary_for
 from .container.writer import ContainerWriter, EncodedChunk
+from .registry import DIFFERENCE
 
 Progress = Callable[[int], None]
 
@@ -27,27 +29,36 @@ class Copier:
         self._progress = progress or (lambda n: None)
         self._opaque: dict[int, RecordRef] = {}
         self._structures: list[bytes] = []
+        self._parents: list[int | None] = []
 
-    def block(self, number: int, n_layers: int | None = None) -> int:
-        """Copy a block, or its first ``n_layers`` quality layers; returns its new number."""
+    def block(
+        self, number: int, n_layers: int | None = None, sources: Sequence[FrameRun] | None = None
+    ) -> int:
+        """Copy a block, or its first ``n_layers`` quality layers; returns its new number.
+
+        ``sources``: where in the new file the frames are that it is a difference to; as in the old
+        one by default.
+        """
         entry = self._archive.container.blocks[number]
         wanted = [
             chunk for chunk in entry.chunks
             if n_layers is None or chunk.quality_layer < n_layers
         ]  # fmt: skip
-        chunks, payloads = [], []
+        chunks = []
         for chunk in wanted:
             where, payload = self._archive.chunk_payload(number, chunk)
             reader = ByteReader(payload, where)
             header = ChunkHeader.read(reader)
             chunks.append(EncodedChunk(header, bytes(reader.take(reader.remaining))))
-            payloads.append(payload)
             self._progress(len(payload))
-        content_id = entry.content_id
-        if len(wanted) < len(entry.chunks):
-            # Only the last layer can be exact, so what is left of a block with fewer is lossy.
-            content_id = blocks.opaque_id(*payloads) if chunks else blocks.NO_ID
-        return self._writer.add_block(entry.n_frames, content_id, entry.logical_id, chunks)
+        content_id = entry.content_id if chunks else blocks.NO_ID
+        if not any(chunk.codec == DIFFERENCE for chunk in wanted):
+            sources = ()
+        elif sources is None:
+            sources = entry.sources
+        return self._writer.add_block(
+            entry.n_frames, content_id, entry.logical_id, chunks, sources
+        )
 
     def snapshot(self, record: SnapshotRecord, original: int) -> None:
         """Add ``record``, made of snapshot ``original``, whose opaque parts are copied. Its parent
@@ -59,10 +70,15 @@ class Copier:
                 body = bytes(self._archive.container.read(entry.ref, OPAQUE))
                 self._opaque[offset] = self._writer.add_opaque(body)
             opaque.append(replace(entry, ref=self._opaque[offset]))
-        record = replace(record, opaque=opaque)
-        before = b"" if record.parent is None else self._structures[record.parent]
+        parent = record.parent
+        dictionary = dictionary_for(parent, self._parents.__getitem__)
+        head = replace(record.head, number=len(self._parents), dictionary=dictionary)
+        record = replace(record, head=head, opaque=opaque)
         # Tokens say something of a cell only where it has columns of its own.
         has_columns = any(track.cells.ext.shape[1] for track in record.tracks)
         tokens = self._archive.tokens(original) if has_columns else np.zeros(0, np.int32)
-        self._structures.append(record.structure(tokens))
-        self._writer.add_snapshot(record.write(tokens, before))
+        structure = record.structure(tokens)
+        like = b"" if dictionary is None else self._structures[dictionary]
+        self._writer.add_snapshot(record.write(structure, like))
+        self._structures.append(structure)
+        self._parents.append(parent)
