@@ -1,0 +1,135 @@
+"""Stored keys turned by given angles, the same bits on every machine.
+
+A cache whose positions were moved holds keys that were turned once more. A *turn* has the cosine
+and sine of each channel pair as integers, so that turning takes no function that machines compute
+differently; ``spec/codecs/difference.md`` gives the order of every rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bytestream import ByteReader, ByteWriter
+from ..dtypes import DType
+from ..errors import DamagedError
+from ..model import TensorSpec
+from .rope import HALVES, NEIGHBOURS, pair_slices
+
+Rows = NDArray[np.uint8]
+Doubles = NDArray[np.float64]
+
+TURN_BITS = 28
+"""Cosines and sines are stored in units of 2^-28: 24 bits of a f32 times 29 are exact in a f64."""
+MOST_TURN = 2 << TURN_BITS
+MAX_HEAD = 1 << 16
+
+_FLOATS = ("f16", "bf16", "f32")
+_PAIRINGS = (HALVES, NEIGHBOURS)
+_NO_TURN = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the keys of every head are turned: pair ``(x, y)`` becomes ``(x·c − y·s, x·s + y·c)``.
+
+    ``cos``, ``sin``: int32 ``[m]`` in units of 2^-28, of the ``m`` pairs of a head's first ``2m``
+    channels; none beyond ±2^29.
+    """
+
+    head_dim: int
+    pairing: str
+    cos: NDArray[np.int32]
+    sin: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, head_dim: int, pairing: str, cos: Doubles, sin: Doubles) -> Turn:
+        """Of real cosines and sines.
+
+        >>> import numpy as np
+        >>> Turn.of(2, "norm", np.ones(1), np.zeros(1)).cos.tolist()
+        [268435456]
+        """
+        stored = [np.rint(np.ldexp(part, TURN_BITS)).astype(np.int32) for part in (cos, sin)]
+        return cls(head_dim, pairing, stored[0], stored[1])
+
+    def takes(self, tensor: TensorSpec) -> bool:
+        """Is this a tensor whose rows are turned: keys of a float type in whole heads?"""
+        is_float = tensor.dtype.name in _FLOATS
+        return tensor.role == "k" and is_float and not tensor.n_channels % self.head_dim
+
+
+def write_turn(writer: ByteWriter, turn: Turn | None) -> None:
+    if turn is None:
+        writer.u8(_NO_TURN)
+        return
+    writer.u8(1 + _PAIRINGS.index(turn.pairing)).uvarint(turn.head_dim).uvarint(len(turn.cos))
+    writer.raw(turn.cos.astype("<i4").tobytes()).raw(turn.sin.astype("<i4").tobytes())
+
+
+def read_turn(reader: ByteReader) -> Turn | None:
+    kind = reader.u8()
+    if kind == _NO_TURN:
+        return None
+    if kind > len(_PAIRINGS):
+        raise DamagedError(f"{reader.where}: keys are turned in an unknown way, {kind}; damaged")
+    head_dim, n_pairs = reader.uvarint(limit=MAX_HEAD), reader.uvarint(limit=MAX_HEAD)
+    if not head_dim or 2 * n_pairs > head_dim:
+        raise DamagedError(f"{reader.where}: {n_pairs} pairs in a head of {head_dim}; damaged")
+    cos, sin = (np.frombuffer(reader.take(4 * n_pairs), "<i4").astype(np.int32) for _ in range(2))
+    if any(np.abs(part.astype(np.int64)).max(initial=0) > MOST_TURN for part in (cos, sin)):
+        raise DamagedError(f"{reader.where}: a cosine or sine is out of range; damaged")
+    return Turn(head_dim, _PAIRINGS[kind - 1], cos, sin)
+
+
+def turn_rows(rows: Rows, dtype: DType, turn: Turn) -> Rows:
+    """Stored keys, uint8 ``[n_frames, row_bytes]`` of a type that ``turn`` takes, turned.
+
+    A number whose turned value is not finite stays as it is.
+    """
+    values = as_doubles(rows, dtype).reshape(len(rows), -1, turn.head_dim)
+    first, second = pair_slices(2 * len(turn.cos), turn.pairing)
+    cos, sin = turn.cos.astype(np.float64), turn.sin.astype(np.float64)
+    a, b = values[..., first], values[..., second]
+    out = values.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        # All four products are exact, so a fused multiply-add gives the same sums.
+        out[..., first] = np.ldexp(a * cos - b * sin, -TURN_BITS)
+        out[..., second] = np.ldexp(a * sin + b * cos, -TURN_BITS)
+        stored, kept = _as_stored(out.reshape(len(rows), -1), dtype)
+    # Patterns that are not turned at all must not change either, as those of a NaN would.
+    kept.reshape(values.shape)[..., 2 * len(turn.cos) :] = True
+    return np.where(kept, _patterns(rows, dtype), stored).view(np.uint8)
+
+
+def as_doubles(rows: Rows, dtype: DType) -> Doubles:
+    """Values of stored floats, float64 ``[n_frames, n_channels]``."""
+    patterns = _patterns(rows, dtype)
+    if dtype.name == "bf16":
+        patterns = patterns.astype(np.uint32) << 16
+    # Converting a signalling NaN may raise a flag.
+    with np.errstate(invalid="ignore"):
+        return patterns.view("<f2" if dtype.name == "f16" else "<f4").astype(np.float64)
+
+
+def _patterns(rows: Rows, dtype: DType) -> NDArray[np.unsignedinteger]:
+    return np.ascontiguousarray(rows).view(f"<u{dtype.block_bytes}")
+
+
+def _as_stored(
+    values: Doubles, dtype: DType
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
+    """Patterns of the nearest numbers, ties to even, and where those are not finite."""
+    if dtype.name == "f16":
+        halves = values.astype("<f2")
+        return halves.view("<u2"), ~np.isfinite(halves)
+    singles = values.astype("<f4")
+    if dtype.name == "f32":
+        return singles.view("<u4"), ~np.isfinite(singles)
+    # Rounded to odd first, so that rounding twice gives what rounding once would.
+    bits = singles.view("<u4")
+    bits = (bits - (np.abs(singles) > np.abs(values))) | (singles != values)
+    stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return stored, ~np.isfinite(values) | ((stored & 0x7F80) == 0x7F80)
