@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from .model import ModelIdentity, TensorSpec
 from .session_basis import key_turn
+from .transforms.block_floats import BLOCK_FLOATS
 from .transforms.rope import HALVES, NEIGHBOURS, pair_slices
-from .transforms.turning import Turn, as_doubles
+from .transforms.rotation import rotation_block
+from .transforms.turning import FLOATS, Turn, as_doubles, mix
 
 Rows = NDArray[np.uint8]
 Doubles = NDArray[np.float64]
@@ -24,8 +26,8 @@ _HEAD_SIZES = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 _ROTATED_PARTS = (1, 2, 4)
 """Of a head's channels all are turned, or the first half or quarter."""
 
-_WORST_FIT = 1e-4
-"""Of the energy of the keys: what rounding to bf16 leaves is a hundredth of it."""
+_WORST_FIT = {True: 0.05, False: 1e-4}
+"""Of the energy of the keys, quantized or not: rounding to q4_0 or bf16 leaves less."""
 
 
 def turn_of(identity: ModelIdentity, tensors: Sequence[TensorSpec], shift: int) -> Turn | None:
@@ -52,7 +54,10 @@ def turn_of(identity: ModelIdentity, tensors: Sequence[TensorSpec], shift: int) 
         angles[pair] = scale * angle
         angle = angle * ratio
     cos, sin = np.cos(angles), np.sin(angles)
-    return Turn.of(known.head_dim, known.pairing, cos.astype(np.float64), sin.astype(np.float64))
+    mixed = _mixed(known.head_dim, tensors)[0]
+    return Turn.of(
+        known.head_dim, known.pairing, cos.astype(np.float64), sin.astype(np.float64), mixed
+    )
 
 
 def fit_turn(
@@ -62,24 +67,34 @@ def fit_turn(
     """The turn that makes keys of ``base`` nearest to those of ``rows``, the same for all frames.
 
     One uint8 ``[n, row_bytes]`` a tensor. Head size and pairing are those of the ``identity``, or
-    the first of usual ones that explains the keys; None if none does, or no key is of a float type.
+    the first of usual ones that explains the keys; None if none does, or no key is of a type that
+    is turned.
     """
     keys = [
-        (as_doubles(row, tensor.dtype), as_doubles(old, tensor.dtype))
+        (as_doubles(row, tensor.dtype), as_doubles(old, tensor.dtype), tensor)
         for row, old, tensor in zip(rows, base, tensors, strict=True)
-        if tensor.role == "k" and tensor.dtype.name in ("f16", "bf16", "f32")
+        if tensor.role == "k" and tensor.dtype.name in FLOATS | BLOCK_FLOATS
     ]
-    if not keys or len({new.shape for new, _ in keys}) > 1:
+    if not keys or len({new.shape for new, _, _ in keys}) > 1:
         return None
-    new, old = (np.stack(part) for part in zip(*keys, strict=True))
+    new, old = (np.concatenate(part) for part in list(zip(*keys, strict=True))[:2])
     if not (np.isfinite(new).all() and np.isfinite(old).all()):
         return None
+    worst = _WORST_FIT[any(tensor.dtype.is_quantized for _, _, tensor in keys)]
     for head_dim, pairing, n_pairs in _candidates(identity, tensors, new.shape[-1]):
-        shape = (-1, head_dim)
-        found = _fit(new.reshape(shape), old.reshape(shape), pairing, n_pairs)
-        if found is not None:
-            return Turn.of(head_dim, pairing, *found)
+        for mixed in _mixed(head_dim, tensors):
+            pair = (mix(part, mixed).reshape(-1, head_dim) for part in (new, old))
+            found = _fit(*pair, pairing, n_pairs, worst)
+            if found is not None:
+                return Turn.of(head_dim, pairing, *found, mixed)
     return None
+
+
+def _mixed(head_dim: int, tensors: Sequence[TensorSpec]) -> list[int]:
+    """How many channels of quantized keys a Hadamard matrix may have mixed, the likeliest first."""
+    keys = [t for t in tensors if t.role == "k" and t.dtype.is_quantized]
+    said = {max(tensor.rotation, 1) for tensor in keys if tensor.rotation >= 0}
+    return sorted(said) or [max(rotation_block("k", head_dim), 1), 1] if keys else [1]
 
 
 def _candidates(
@@ -97,7 +112,9 @@ def _candidates(
             yield size, HALVES, size // part // 2
 
 
-def _fit(new: Doubles, old: Doubles, pairing: str, n_pairs: int) -> tuple[Doubles, Doubles] | None:
+def _fit(
+    new: Doubles, old: Doubles, pairing: str, n_pairs: int, worst: float
+) -> tuple[Doubles, Doubles] | None:  # fmt: skip
     """Cosines and sines by least squares, frames of float64 ``[n, head_dim]`` weighing alike."""
     first, second = pair_slices(2 * n_pairs, pairing)
     a, b, x, y = old[:, first], old[:, second], new[:, first], new[:, second]
@@ -113,6 +130,6 @@ def _fit(new: Doubles, old: Doubles, pairing: str, n_pairs: int) -> tuple[Double
     cos, sin = cos / length, sin / length
     left = (x - a * cos + b * sin) ** 2 + (y - a * sin - b * cos) ** 2
     rest = ((new - old)[:, 2 * n_pairs :] ** 2).sum()
-    if left.sum() + rest > _WORST_FIT * (new * new).sum():
+    if left.sum() + rest > worst * (new * new).sum():
         return None
     return cos, sin

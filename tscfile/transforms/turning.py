@@ -16,6 +16,7 @@ from ..bytestream import ByteReader, ByteWriter
 from ..dtypes import DType
 from ..errors import DamagedError
 from ..model import TensorSpec
+from .block_floats import BLOCK_FLOATS, pack, unpack
 from .rope import HALVES, NEIGHBOURS, pair_slices
 
 Rows = NDArray[np.uint8]
@@ -26,7 +27,7 @@ TURN_BITS = 28
 MOST_TURN = 2 << TURN_BITS
 MAX_HEAD = 1 << 16
 
-_FLOATS = ("f16", "bf16", "f32")
+FLOATS = frozenset({"f16", "bf16", "f32"})
 _PAIRINGS = (HALVES, NEIGHBOURS)
 _NO_TURN = 0
 
@@ -36,36 +37,40 @@ class Turn:
     """How the keys of every head are turned: pair ``(x, y)`` becomes ``(x·c − y·s, x·s + y·c)``.
 
     ``cos``, ``sin``: int32 ``[m]`` in units of 2^-28, of the ``m`` pairs of a head's first ``2m``
-    channels; none beyond ±2^29.
+    channels; none beyond ±2^29. ``mixed``: channels that a Hadamard matrix mixed before they were
+    stored (`tscfile.transforms.rotation`), a power of two; 1 where there was none.
     """
 
     head_dim: int
     pairing: str
     cos: NDArray[np.int32]
     sin: NDArray[np.int32]
+    mixed: int = 1
 
     @classmethod
-    def of(cls, head_dim: int, pairing: str, cos: Doubles, sin: Doubles) -> Turn:
+    def of(
+        cls, head_dim: int, pairing: str, cos: Doubles, sin: Doubles, mixed: int = 1
+    ) -> Turn:  # fmt: skip
         """Of real cosines and sines.
 
-        >>> import numpy as np
         >>> Turn.of(2, "norm", np.ones(1), np.zeros(1)).cos.tolist()
         [268435456]
         """
         stored = [np.rint(np.ldexp(part, TURN_BITS)).astype(np.int32) for part in (cos, sin)]
-        return cls(head_dim, pairing, stored[0], stored[1])
+        return cls(head_dim, pairing, stored[0], stored[1], mixed)
 
     def takes(self, tensor: TensorSpec) -> bool:
-        """Is this a tensor whose rows are turned: keys of a float type in whole heads?"""
-        is_float = tensor.dtype.name in _FLOATS
-        return tensor.role == "k" and is_float and not tensor.n_channels % self.head_dim
+        """Is this a tensor whose rows are turned: keys of a type that is, in whole heads?"""
+        whole = not tensor.n_channels % self.head_dim and not tensor.n_channels % self.mixed
+        return tensor.role == "k" and tensor.dtype.name in FLOATS | BLOCK_FLOATS and whole
 
 
 def write_turn(writer: ByteWriter, turn: Turn | None) -> None:
     if turn is None:
         writer.u8(_NO_TURN)
         return
-    writer.u8(1 + _PAIRINGS.index(turn.pairing)).uvarint(turn.head_dim).uvarint(len(turn.cos))
+    writer.u8(1 + _PAIRINGS.index(turn.pairing)).u8(turn.mixed.bit_length() - 1)
+    writer.uvarint(turn.head_dim).uvarint(len(turn.cos))
     writer.raw(turn.cos.astype("<i4").tobytes()).raw(turn.sin.astype("<i4").tobytes())
 
 
@@ -75,37 +80,59 @@ def read_turn(reader: ByteReader) -> Turn | None:
         return None
     if kind > len(_PAIRINGS):
         raise DamagedError(f"{reader.where}: keys are turned in an unknown way, {kind}; damaged")
+    log_mixed = reader.u8()
     head_dim, n_pairs = reader.uvarint(limit=MAX_HEAD), reader.uvarint(limit=MAX_HEAD)
-    if not head_dim or 2 * n_pairs > head_dim:
+    if not head_dim or 2 * n_pairs > head_dim or MAX_HEAD >> log_mixed == 0:
         raise DamagedError(f"{reader.where}: {n_pairs} pairs in a head of {head_dim}; damaged")
     cos, sin = (np.frombuffer(reader.take(4 * n_pairs), "<i4").astype(np.int32) for _ in range(2))
     if any(np.abs(part.astype(np.int64)).max(initial=0) > MOST_TURN for part in (cos, sin)):
         raise DamagedError(f"{reader.where}: a cosine or sine is out of range; damaged")
-    return Turn(head_dim, _PAIRINGS[kind - 1], cos, sin)
+    return Turn(head_dim, _PAIRINGS[kind - 1], cos, sin, 1 << log_mixed)
 
 
 def turn_rows(rows: Rows, dtype: DType, turn: Turn) -> Rows:
     """Stored keys, uint8 ``[n_frames, row_bytes]`` of a type that ``turn`` takes, turned.
 
-    A number whose turned value is not finite stays as it is.
+    Numbers, or blocks of them, whose turned values are not finite stay as they are.
     """
-    values = as_doubles(rows, dtype).reshape(len(rows), -1, turn.head_dim)
-    first, second = pair_slices(2 * len(turn.cos), turn.pairing)
-    cos, sin = turn.cos.astype(np.float64), turn.sin.astype(np.float64)
-    a, b = values[..., first], values[..., second]
-    out = values.copy()
-    with np.errstate(over="ignore", invalid="ignore"):
-        # All four products are exact, so a fused multiply-add gives the same sums.
-        out[..., first] = np.ldexp(a * cos - b * sin, -TURN_BITS)
-        out[..., second] = np.ldexp(a * sin + b * cos, -TURN_BITS)
-        stored, kept = _as_stored(out.reshape(len(rows), -1), dtype)
-    # Patterns that are not turned at all must not change either, as those of a NaN would.
-    kept.reshape(values.shape)[..., 2 * len(turn.cos) :] = True
-    return np.where(kept, _patterns(rows, dtype), stored).view(np.uint8)
+    with np.errstate(all="ignore"):
+        values = mix(as_doubles(rows, dtype), turn.mixed)
+        # At most 24 bits each from here on, so that products with a cosine are exact.
+        values = values.astype(np.float32).astype(np.float64)
+        heads = values.reshape(len(rows), -1, turn.head_dim)
+        first, second = pair_slices(2 * len(turn.cos), turn.pairing)
+        cos, sin = (np.ldexp(part.astype(np.float64), -TURN_BITS) for part in (turn.cos, turn.sin))
+        a, b = heads[..., first].copy(), heads[..., second].copy()
+        # A fused multiply-add gives the same sums.
+        heads[..., first], heads[..., second] = a * cos - b * sin, a * sin + b * cos
+        # The matrix is its own inverse but for this.
+        values = mix(values, turn.mixed) / turn.mixed
+        if dtype.is_quantized:
+            return pack(values.astype(np.float32), dtype, rows)
+        stored, finite = _as_stored(values, dtype)
+    return np.where(finite, stored, _patterns(rows, dtype)).view(np.uint8)
+
+
+def mix(values: Doubles, block: int) -> Doubles:
+    """Every ``block`` channels of float64 ``[n, C]`` times the Hadamard matrix of ±1, in sums and
+    differences of two in a fixed order: channels 1 apart first, then 2, 4, …
+
+    >>> mix(np.array([[1.0, 2, 3, 4]]), 4).tolist()
+    [[10.0, -2.0, -4.0, 0.0]]
+    """
+    apart = 1
+    while apart < block:
+        pairs = values.reshape(len(values), -1, 2, apart)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        values = np.stack([a + b, a - b], axis=2).reshape(values.shape)
+        apart *= 2
+    return values
 
 
 def as_doubles(rows: Rows, dtype: DType) -> Doubles:
-    """Values of stored floats, float64 ``[n_frames, n_channels]``."""
+    """Values of stored rows of a type that is turned, float64 ``[n_frames, n_channels]``."""
+    if dtype.is_quantized:
+        return unpack(rows, dtype)
     patterns = _patterns(rows, dtype)
     if dtype.name == "bf16":
         patterns = patterns.astype(np.uint32) << 16
@@ -121,15 +148,15 @@ def _patterns(rows: Rows, dtype: DType) -> NDArray[np.unsignedinteger]:
 def _as_stored(
     values: Doubles, dtype: DType
 ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
-    """Patterns of the nearest numbers, ties to even, and where those are not finite."""
+    """Patterns of the nearest numbers, ties to even, and where those are finite."""
     if dtype.name == "f16":
         halves = values.astype("<f2")
-        return halves.view("<u2"), ~np.isfinite(halves)
+        return halves.view("<u2"), np.isfinite(halves)
     singles = values.astype("<f4")
     if dtype.name == "f32":
-        return singles.view("<u4"), ~np.isfinite(singles)
+        return singles.view("<u4"), np.isfinite(singles)
     # Rounded to odd first, so that rounding twice gives what rounding once would.
     bits = singles.view("<u4")
     bits = (bits - (np.abs(singles) > np.abs(values))) | (singles != values)
     stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    return stored, ~np.isfinite(values) | ((stored & 0x7F80) == 0x7F80)
+    return stored, np.isfinite(values) & ((stored & 0x7F80) != 0x7F80)
