@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from . import registry
+from . import pipeline, registry
 from .bytestream import ByteReader, ByteWriter
 from .container.records import ChunkHeader
 from .container.writer import EncodedChunk
@@ -72,7 +72,7 @@ def encode(
         dtype = tensors[members[0]].dtype
         own = [rows[i] for i in members]
         coded = _encode_differences(own, [predicted[i] for i in members], dtype)
-        alone = _encode_alone(own, dtype)
+        alone = pipeline.encode_fields(own, dtype)
         if len(alone) <= len(coded):
             coded = alone
             for i in members:
@@ -90,8 +90,8 @@ def encode(
 
 
 def decode(
-    body: ByteReader, base: Sequence[Rows], tensors: Sequence[TensorSpec], where: str
-) -> list[Rows]:
+    body: ByteReader, base: Sequence[Rows], tensors: Sequence[TensorSpec]
+) -> list[Rows]:  # fmt: skip
     """Undo `encode`: one uint8 ``[n, row_bytes]`` a tensor; `DamagedError` if the bytes are none.
 
     ``base``: one for each of ``tensors``, of their row lengths and one number of frames, which the
@@ -108,9 +108,10 @@ def decode(
         own = [out[i] for i in members]
         dtype = tensors[members[0]].dtype
         if modes[members[0]] == ALONE:
-            found = _decode_alone(body, own, dtype, where)
+            row_bytes = [part.shape[1] for part in own]
+            found = pipeline.decode_fields(body, len(own[0]), row_bytes, dtype)
         else:
-            found = _decode_differences(body, own, dtype, where)
+            found = _decode_differences(body, own, dtype)
         for i, part in zip(members, found, strict=True):
             out[i] = part
     body.end()
@@ -148,51 +149,11 @@ def _read_modes(reader: ByteReader, n_tensors: int) -> list[int]:
 # --- streams ----------------------------------------------------------------------------------
 
 
-def _columns(rows: Sequence[Rows], dtype: DType) -> list[Matrix]:
-    """One matrix for each field, the tensors' columns side by side."""
-    split = [fields.split(part, dtype) for part in rows]
-    return [np.concatenate(parts, axis=1) for parts in zip(*split, strict=True)]
-
-
-def _join(columns: Sequence[Matrix], like: Sequence[Rows], dtype: DType) -> list[Rows]:
-    parts = [
-        np.split(matrix, np.cumsum(_widths(like, field, dtype))[:-1], axis=1)
-        for matrix, field in zip(columns, fields.fields_of(dtype), strict=True)
-    ]
-    return [
-        np.ascontiguousarray(fields.join([np.ascontiguousarray(p) for p in each], dtype))
-        for each in zip(*parts, strict=True)
-    ]
-
-
-def _widths(like: Sequence[Rows], field: Field, dtype: DType) -> list[int]:
-    return [fields.n_columns(field, dtype, part.shape[1]) for part in like]
-
-
-def _encode_alone(rows: Sequence[Rows], dtype: DType) -> bytes:
-    writer = ByteWriter()
-    for field, matrix in zip(fields.fields_of(dtype), _columns(rows, dtype), strict=True):
-        _write_stream(writer, classed_rans.encode(matrix, field.bits, field.low_bits))
-    return writer.bytes()
-
-
-def _decode_alone(reader: ByteReader, like: Sequence[Rows], dtype: DType, where: str) -> list[Rows]:
-    columns = [
-        classed_rans.decode(
-            reader.take(reader.uvarint()), field.bits, len(like[0]),
-            sum(_widths(like, field, dtype)), field.storage, where,
-        )
-        for field in fields.fields_of(dtype)
-    ]  # fmt: skip
-    return _join(columns, like, dtype)
-
-
 def _encode_differences(rows: Sequence[Rows], base: Sequence[Rows], dtype: DType) -> bytes:
     writer = ByteWriter()
-    for field, matrix, guess in zip(
-        fields.fields_of(dtype), _columns(rows, dtype), _columns(base, dtype), strict=True
-    ):
-        apart = _zigzag(_rank(matrix, field, dtype) - _rank(guess, field, dtype), field.bits)
+    pairs = zip(pipeline.columns(rows, dtype), pipeline.columns(base, dtype), strict=True)
+    for field, (matrix, guess) in zip(fields.fields_of(dtype), pairs, strict=True):
+        apart = _zigzag(_rank(matrix, field) - _rank(guess, field), field.bits)
         small = np.minimum(apart, ESCAPE).astype(np.uint8)
         bits = min(field.bits, 8)
         # Few differences are cheaper as bytes for zstd, which needs no tables.
@@ -204,26 +165,24 @@ def _encode_differences(rows: Sequence[Rows], base: Sequence[Rows], dtype: DType
     return writer.bytes()
 
 
-def _decode_differences(
-    reader: ByteReader, base: Sequence[Rows], dtype: DType, where: str
-) -> list[Rows]:
-    columns = []
-    for field, guess in zip(fields.fields_of(dtype), _columns(base, dtype), strict=True):
+def _decode_differences(reader: ByteReader, base: Sequence[Rows], dtype: DType) -> list[Rows]:
+    matrices = []
+    for field, guess in zip(fields.fields_of(dtype), pipeline.columns(base, dtype), strict=True):
         small = classed_rans.decode(
             reader.take(reader.uvarint()), min(field.bits, 8), *guess.shape, np.dtype(np.uint8),
-            where,
+            reader.where,
         )  # fmt: skip
         apart = small.astype(field.storage)
         escapes = small == ESCAPE
         if field.bits > 8 and escapes.any():
             apart[escapes] = classed_rans.decode(
                 reader.take(reader.uvarint()), field.bits, int(escapes.sum()), 1, field.storage,
-                where,
+                reader.where,
             )[:, 0]  # fmt: skip
         mask = field.storage.type((1 << field.bits) - 1)
-        ranks = (_rank(guess, field, dtype) + _unzigzag(apart, field.bits)) & mask
-        columns.append(_unrank(ranks, field, dtype))
-    return _join(columns, base, dtype)
+        ranks = (_rank(guess, field) + _unzigzag(apart, field.bits)) & mask
+        matrices.append(_unrank(ranks, field))
+    return pipeline.from_columns(matrices, [part.shape[1] for part in base], dtype)
 
 
 def _write_stream(writer: ByteWriter, coded: bytes) -> None:
@@ -233,20 +192,16 @@ def _write_stream(writer: ByteWriter, coded: bytes) -> None:
 # --- differences ------------------------------------------------------------------------------
 
 
-def _is_float(field: Field, dtype: DType) -> bool:
-    return not dtype.is_quantized and field.name == "pattern"
-
-
-def _rank(matrix: Matrix, field: Field, dtype: DType) -> Matrix:
+def _rank(matrix: Matrix, field: Field) -> Matrix:
     """Patterns of floats as integers in the order of the numbers; other fields as they are."""
-    if not _is_float(field, dtype):
+    if field.name != "pattern":
         return matrix
     sign = matrix.dtype.type(1 << (field.bits - 1))
     return np.where(matrix & sign, ~matrix, matrix | sign)
 
 
-def _unrank(ranks: Matrix, field: Field, dtype: DType) -> Matrix:
-    if not _is_float(field, dtype):
+def _unrank(ranks: Matrix, field: Field) -> Matrix:
+    if field.name != "pattern":
         return ranks
     sign = ranks.dtype.type(1 << (field.bits - 1))
     return np.where(ranks & sign, ranks ^ sign, ~ranks)
