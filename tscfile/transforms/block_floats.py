@@ -50,8 +50,9 @@ def pack(values: NDArray[np.float32], dtype: DType, instead: Rows) -> Rows:
             extreme = np.take_along_axis(blocks, largest, axis=-1)[..., 0]
             scale = extreme / np.float32(-_MIDDLES[dtype.name])
         else:
-            low = blocks.min(axis=-1)
-            scale = (blocks.max(axis=-1) - low) / np.float32((1 << bits) - 1)
+            # Which of two zeros is the smaller is not the same everywhere.
+            low, high = (each(blocks, axis=-1) + np.float32(0) for each in (np.min, np.max))
+            scale = (high - low) / np.float32((1 << bits) - 1)
         inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
         halves = [scale.astype("<f2")] + ([low.astype("<f2")] if dtype.name.endswith("_1") else [])
         finite = np.isfinite(blocks).all(axis=-1) & np.isfinite(inverse)
