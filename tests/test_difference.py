@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -164,6 +165,23 @@ def test_useless_turn_is_left_out() -> None:
     tensors = specs([DTYPES["f16"]])
     rows, base = made(rng, tensors, 64), made(rng, tensors, 64)
     assert encode(rows, base, tensors, some_turn(6)) == encode(rows, base, tensors)
+
+
+def test_example_of_the_page() -> None:
+    page = (ROOT / "spec" / "codecs" / "difference.md").read_text(encoding="utf-8")
+    example = page[page.index("## Example") :]
+    cells = re.findall(r"^\| ((?:`[0-9a-f ]+` ?)+) \| .* \|$", example, re.M)
+    body = bytes.fromhex("".join(cells).replace("`", ""))
+    frames = re.findall(r"`((?:[0-9a-f]{2} ?){4})`", example)
+    base, predicted, rows = (
+        [np.frombuffer(bytes.fromhex("".join(pair)), np.uint8).reshape(2, 4)]
+        for pair in (frames[:2], frames[2:4], frames[4:6])
+    )
+    tensors = [TensorSpec(0, "k", DTYPES["f16"], 4)]
+    turn = Turn(2, NEIGHBOURS, np.zeros(1, np.int32), np.full(1, 1 << 28, np.int32))
+    assert np.array_equal(turn_rows(base[0], DTYPES["f16"], turn), predicted[0])
+    assert not np.array_equal(rows[0], predicted[0])
+    assert round_trip(rows, base, tensors, turn) == body
 
 
 # --- turning ------------------------------------------------------------------------------------
