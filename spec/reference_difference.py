@@ -68,7 +68,7 @@ def takes(rows, role, type_, turn):
         return False
     elements, size = BLOCKS[type_][:2] if type_ in BLOCKS else (1, FLOATS[type_])
     channels = rows.shape[1] // size * elements
-    return channels % turn[0] == channels % turn[1] == 0
+    return channels <= 1 << 20 and channels % turn[0] == channels % turn[1] == 0
 
 
 # --- differences ---------------------------------------------------------------------------------

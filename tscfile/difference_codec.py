@@ -33,6 +33,9 @@ Matrix = NDArray[np.unsignedinteger]
 SAME, DIFFERENCES, ALONE = range(3)
 """Modes of a tensor: the prediction itself, differences to it, coded as codec 1 codes."""
 
+_GOOD_RATIO = 8
+"""Differences that are so much smaller than the rows are taken without trying anything else."""
+
 ESCAPE = 255
 """From here on a difference of a field of more than 8 bits is stored on its own."""
 
@@ -72,11 +75,12 @@ def encode(
         dtype = tensors[members[0]].dtype
         own = [rows[i] for i in members]
         coded = _encode_differences(own, [predicted[i] for i in members], dtype)
-        alone = pipeline.encode_fields(own, dtype)
-        if len(alone) <= len(coded):
-            coded = alone
-            for i in members:
-                modes[i] = ALONE
+        if len(coded) * _GOOD_RATIO > sum(part.nbytes for part in own):
+            alone = pipeline.encode_fields(own, dtype)
+            if len(alone) <= len(coded):
+                coded = alone
+                for i in members:
+                    modes[i] = ALONE
         streams += coded
     if turn is not None and not any(
         mode != ALONE and turn.takes(tensor) for mode, tensor in zip(modes, tensors, strict=True)

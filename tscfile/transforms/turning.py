@@ -26,6 +26,8 @@ TURN_BITS = 28
 """Cosines and sines are stored in units of 2^-28: 24 bits of a f32 times 29 are exact in a f64."""
 MOST_TURN = 2 << TURN_BITS
 MAX_HEAD = 1 << 16
+MAX_CHANNELS = 1 << 20
+"""Channels of a tensor that is turned, and values that are turned at a time: memory is bounded."""
 
 FLOATS = frozenset({"f16", "bf16", "f32"})
 _PAIRINGS = (HALVES, NEIGHBOURS)
@@ -61,8 +63,10 @@ class Turn:
 
     def takes(self, tensor: TensorSpec) -> bool:
         """Is this a tensor whose rows are turned: keys of a type that is, in whole heads?"""
-        whole = not tensor.n_channels % self.head_dim and not tensor.n_channels % self.mixed
-        return tensor.role == "k" and tensor.dtype.name in FLOATS | BLOCK_FLOATS and whole
+        if tensor.role != "k" or tensor.dtype.name not in FLOATS | BLOCK_FLOATS:
+            return False
+        n = tensor.n_channels
+        return n <= MAX_CHANNELS and not n % self.head_dim and not n % self.mixed
 
 
 def write_turn(writer: ByteWriter, turn: Turn | None) -> None:
@@ -95,6 +99,14 @@ def turn_rows(rows: Rows, dtype: DType, turn: Turn) -> Rows:
 
     Numbers, or blocks of them, whose turned values are not finite stay as they are.
     """
+    out = np.empty(rows.shape, np.uint8)
+    step = max(1, MAX_CHANNELS // dtype.n_channels(rows.shape[1]))
+    for first in range(0, len(rows), step):
+        out[first : first + step] = _turn_rows(rows[first : first + step], dtype, turn)
+    return out
+
+
+def _turn_rows(rows: Rows, dtype: DType, turn: Turn) -> Rows:
     with np.errstate(all="ignore"):
         values = mix(as_doubles(rows, dtype), turn.mixed)
         # At most 24 bits each from here on, so that products with a cosine are exact.
