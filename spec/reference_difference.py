@@ -242,7 +242,7 @@ def store_block(v, type_):
         scale = (max(v) + one(0) - low) / one(15 if type_ == 3 else 31)
     inverse = one(1) / scale if scale else one(0)
     halves = [scale.astype("<f2")] + ([low.astype("<f2")] if type_ in (3, 7) else [])
-    if not np.isfinite([inverse, *halves]).all():
+    if not np.isfinite(halves).all():
         return None
     p = [(x - low) * inverse for x in v]
     most = 15 if type_ in (2, 3) else 31

@@ -202,6 +202,11 @@ def test_turns_are_those_of_the_page(name: str, mixed: int) -> None:
     base = gaussian_rows(rng, dtype, 6, N_CHANNELS)
     base[4:] = rng.integers(0, 256, base[4:].shape, np.uint8)
     base[5, : base.shape[1] // 2] = 0
+    if dtype.is_quantized:
+        # Zeros of both signs, which have no smallest.
+        zeros = base[3].reshape(-1, dtype.block_bytes)
+        zeros[:] = 0
+        zeros[:, 1] = zeros[:, 3 if name.endswith("_1") else 1] = 0x80
     for seed in (7, 8):
         turn = some_turn(seed, n_pairs=32 - seed, mixed=mixed)
         turn.cos[:4] = MOST_TURN, -MOST_TURN, 0, 1
@@ -265,6 +270,13 @@ def test_cut_at_every_length(small: tuple[bytes, list[Rows], list[Rows], list[Te
             decode(ByteReader(body[:length], "chunk"), base, tensors)
     with pytest.raises(DamagedError, match="left over"):
         decode(ByteReader(body + b"\0", "chunk"), base, tensors)
+
+
+def test_runs_that_are_none() -> None:
+    base, tensors = [np.zeros((1, 8), np.uint8)], [TensorSpec(0, "k", DTYPES["f16"], 8)]
+    for runs in ([0, SAME, 1, SAME], [2, SAME], [1, 3]):
+        with pytest.raises(DamagedError, match=r"damaged|out of range"):
+            decode(ByteReader(bytes([0, *runs]), "chunk"), base, tensors)
 
 
 def test_flipped_bits(small: tuple[bytes, list[Rows], list[Rows], list[TensorSpec]]) -> None:
