@@ -103,6 +103,21 @@ def test_all_types_in_one_chunk() -> None:
     round_trip(rows, base, tensors, some_turn(2))
 
 
+@pytest.mark.parametrize("name", ["f16", "f32", "q8_0"])
+def test_differences_about_the_escape(name: str) -> None:
+    """All from −300 to 300, some of which wrap around."""
+    dtype, kind = DTYPES[name], np.dtype("<u4" if name == "f32" else "<u2")
+    tensors = [TensorSpec(0, "v", dtype, 4 * dtype.block_bytes)]
+    base = np.random.default_rng(13).integers(0, 256, (601, tensors[0].row_bytes), np.uint8)
+    base[:100, :] = 0xFF
+    rows = base.reshape(601, 4, -1).copy()
+    patterns = np.ascontiguousarray(rows[:, :, : kind.itemsize]).view(kind)
+    patterns += np.arange(-300, 301).astype(kind)[:, None, None]
+    rows[:, :, : kind.itemsize] = patterns.view(np.uint8)
+    body = round_trip([rows.reshape(base.shape)], [base], tensors)
+    assert modes_of(body[:3]) == [(1, DIFFERENCES)]
+
+
 def test_full_block_of_two_types() -> None:
     rng = np.random.default_rng(3)
     tensors = [replace(t, dtype=DTYPES["q8_0"], row_bytes=136) if t.role == "v" else t
