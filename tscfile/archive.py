@@ -460,7 +460,7 @@ class Archive:
         return self._container.read(ref, SNAPSHOT), f"{self.path}: snapshot {number}"
 
     def _load(self, number: int, payload: memoryview, parent: int | None, where: str) -> None:
-        before = (None, b"") if parent is None else self._records[parent]
+        parent_record, parent_structure = (None, b"") if parent is None else self._records[parent]
         allowance = self._container.allowance()
         full = allowance.left
 
@@ -468,7 +468,7 @@ class Archive:
             return self._decode_tokens(ids, parent, coding, where)
 
         record, structure = SnapshotRecord.read(
-            payload, *before, tokens_of, self._max_cells, where, allowance
+            payload, parent_record, parent_structure, tokens_of, self._max_cells, where, allowance
         )
         if record.number != number:
             raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
