@@ -113,7 +113,8 @@ def _merge(totals: NDArray[np.float32]) -> NDArray[np.float32]:
         renewed = costs[a] + costs - _cost(totals[a] + totals)
         gains[a, a + 1 :] = np.where(alive[a + 1 :], renewed[a + 1 :], -np.inf)
         gains[:a, a] = np.where(alive[:a], renewed[:a], -np.inf)
-    return totals[alive]
+    left: NDArray[np.float32] = totals[alive]
+    return left
 
 
 def _cost(totals: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -211,4 +211,5 @@ def _nearest(vectors: Floats, book: Floats) -> NDArray[np.uint8]:
 
 def _looked_up(codes: NDArray[np.uint8], model: Model) -> Floats:
     parts = [book[codes[:, i]] for i, book in enumerate(model.codebooks)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    vectors: Floats = np.concatenate(parts, axis=1).astype(np.float32)
+    return vectors

@@ -131,8 +131,9 @@ def _seq_id_words(
     starts: NDArray[np.int64], counts: NDArray[np.int32], n_fixed: int
 ) -> NDArray[np.int64]:
     """Where each sequence id stands: the records' ends, without their fixed words."""
-    before = np.cumsum(counts, dtype=np.int64) - counts
-    return np.repeat(starts + n_fixed - before, counts) + np.arange(int(counts.sum()))
+    before: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64) - counts
+    shifts: NDArray[np.int64] = np.repeat(starts + n_fixed - before, counts)
+    return shifts + np.arange(int(counts.sum()))
 
 
 def _check_table(table: CellTable) -> None:
