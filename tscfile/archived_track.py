@@ -77,7 +77,7 @@ class ArchivedTrack:
     def absent_positions(self) -> NDArray[np.int32]:
         """Positions of the frames that are not in the file, int32 ``[n]``."""
         absent = [is_absent(self._archive.block(run)) for run in self.runs]
-        return self.cells.pos[np.repeat(absent, [run.count for run in self.runs]).astype(bool)]
+        return self.cells.pos[np.flatnonzero(np.repeat(absent, [run.count for run in self.runs]))]
 
     def _decode(self, start: int, stop: int, out: dict[int, Rows]) -> None:
         """Fill ``out``, arrays by tensor, with frames ``start`` to ``stop``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from .errors import DamagedError, TruncatedError
 
@@ -55,7 +56,7 @@ class ByteReader:
         self._at += length
         return self._data[self._at - length : self._at]
 
-    def unpack(self, layout: str) -> tuple:
+    def unpack(self, layout: str) -> tuple[Any, ...]:
         """Fixed-width fields in `struct` notation, little-endian."""
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
 

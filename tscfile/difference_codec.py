@@ -172,9 +172,10 @@ def _encode_differences(rows: Sequence[Rows], base: Sequence[Rows], dtype: DType
 def _decode_differences(reader: ByteReader, base: Sequence[Rows], dtype: DType) -> list[Rows]:
     matrices = []
     for field, guess in zip(fields.fields_of(dtype), pipeline.columns(base, dtype), strict=True):
+        n_rows, n_columns = guess.shape
         small = classed_rans.decode(
-            reader.take(reader.uvarint()), min(field.bits, 8), *guess.shape, np.dtype(np.uint8),
-            reader.where,
+            reader.take(reader.uvarint()), min(field.bits, 8), n_rows, n_columns,
+            np.dtype(np.uint8), reader.where,
         )  # fmt: skip
         apart = small.astype(field.storage)
         escapes = small == ESCAPE

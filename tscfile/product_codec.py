@@ -140,12 +140,13 @@ class Stored:
 
     @property
     def codes(self) -> Codes:
-        return self.data[np.repeat(self.forms != _EXACT, self.sizes)]
+        codes: Codes = self.data[np.repeat(self.forms != _EXACT, self.sizes)]
+        return codes
 
     @property
     def exact(self) -> Rows:
         """Exact frames, uint8 ``[n, frame_bytes]``."""
-        exact = self.data[np.repeat(self.forms == _EXACT, self.sizes)]
+        exact: Rows = self.data[np.repeat(self.forms == _EXACT, self.sizes)]
         return exact.reshape(-1, self.frame_bytes)
 
     def part(self, start: int, stop: int) -> Stored:

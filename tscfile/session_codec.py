@@ -206,7 +206,8 @@ def quantize_group(
 
 
 def _drop(
-    values: Ints, wide: NDArray[np.uint8], bits: Floats, exact: Floats, weights: Floats
+    values: Ints, wide: NDArray[np.uint8], bits: Floats, exact: NDArray[np.floating],
+    weights: NDArray[np.floating],
 ) -> None:
     """Make zero the columns that save less error than `BITS_WORTH` of their bits."""
     saved = np.square(exact).sum(axis=0) - np.square(exact - values).sum(axis=0)
@@ -215,8 +216,9 @@ def _drop(
     wide[useless] = 0
 
 
-def _rounded(values: Floats) -> Ints:
-    return np.rint(np.clip(values, -_LARGEST, _LARGEST)).astype(np.int32)
+def _rounded(values: NDArray[np.floating]) -> Ints:
+    rounded: Ints = np.rint(np.clip(values, -_LARGEST, _LARGEST)).astype(np.int32)
+    return rounded
 
 
 def check_finite(frames: Sequence[Floats]) -> None:

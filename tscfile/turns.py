@@ -83,8 +83,8 @@ def fit_turn(
     worst = _WORST_FIT[any(tensor.dtype.is_quantized for _, _, tensor in keys)]
     for head_dim, pairing, n_pairs in _candidates(identity, tensors, new.shape[-1]):
         for mixed in _mixed(head_dim, tensors):
-            pair = (mix(part, mixed).reshape(-1, head_dim) for part in (new, old))
-            found = _fit(*pair, pairing, n_pairs, worst)
+            after, before = (mix(part, mixed).reshape(-1, head_dim) for part in (new, old))
+            found = _fit(after, before, pairing, n_pairs, worst)
             if found is not None:
                 return Turn.of(head_dim, pairing, *found, mixed)
     return None

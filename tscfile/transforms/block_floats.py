@@ -55,7 +55,7 @@ def pack(values: NDArray[np.float32], dtype: DType, instead: Rows) -> Rows:
             scale = (high - low) / np.float32((1 << bits) - 1)
         inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
         halves = [scale.astype("<f2")] + ([low.astype("<f2")] if dtype.name.endswith("_1") else [])
-        finite = np.isfinite(blocks).all(axis=-1)
+        finite = np.asarray(np.isfinite(blocks).all(axis=-1))
         for half in halves:
             finite &= np.isfinite(half)
         codes = (blocks - low[..., None]) * inverse[..., None]

@@ -8,6 +8,7 @@ differently; ``spec/codecs/difference.md`` gives the order of every rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,9 +146,9 @@ def as_doubles(rows: Rows, dtype: DType) -> Doubles:
     """Values of stored rows of a type that is turned, float64 ``[n_frames, n_channels]``."""
     if dtype.is_quantized:
         return unpack(rows, dtype)
-    patterns = _patterns(rows, dtype)
+    patterns: NDArray[Any] = _patterns(rows, dtype)
     if dtype.name == "bf16":
-        patterns = patterns.astype(np.uint32) << 16
+        patterns = patterns.astype(np.uint32) << np.uint32(16)
     # Converting a signalling NaN may raise a flag.
     with np.errstate(invalid="ignore"):
         return patterns.view("<f2" if dtype.name == "f16" else "<f4").astype(np.float64)
