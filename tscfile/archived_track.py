@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -295,7 +296,7 @@ class ArchivedTrack:
         for run in self.runs:
             first, last = max(at, start), min(at + run.count, stop)
             if first < last:
-                part = FrameRun(run.block, run.first + first - at, last - first)
+                part = replace(run, first=run.first + first - at, count=last - first)
                 for chunk in self.chunks(run):
                     tensors = range(chunk.first_tensor, chunk.first_tensor + chunk.n_tensors)
                     if any(tensor in wanted for tensor in tensors):

@@ -132,10 +132,13 @@ class _Compactor:
         ]  # fmt: skip
         for track, record in tracks:
             self._place(track, record)
-        # What is a difference comes behind what it is one to.
-        for track, record in tracks:
-            for run in sorted(track.runs, key=lambda run: run.block):
-                self._place_difference(track, record, run)
+        # What is a difference comes behind what it is one to, as it did before.
+        differences = {
+            run.block: track for track, _ in tracks for run in track.runs
+            if self._archive.block(run).sources
+        }  # fmt: skip
+        for number in sorted(differences):
+            self._place_difference(differences[number], number)
         keys: list[NDArray[np.int64]] = []
         for record in self._records:
             parent = self._parent(record)
@@ -221,23 +224,18 @@ class _Compactor:
         for start, stop, runs in _pieces(track.runs, new, self._joins):
             self._store(track, record, start, stop, runs)
 
-    def _place_difference(
-        self, track: ArchivedTrack, record: SnapshotRecord, run: FrameRun
-    ) -> None:
+    def _place_difference(self, track: ArchivedTrack, number: int) -> None:
         """Store a block that is coded as a difference, as one if what it is one to is kept."""
-        entry, places = self._archive.block(run), self._places_of(run.block)
-        if not entry.sources or (places >= 0).any():
-            return
+        entry, places = self._archive.container.blocks[number], self._places_of(number)
         sources = self._plan(entry.sources)
         if (sources.block >= 0).all():
-            number = self._copier.block(run.block, sources=sources.runs())
+            new = self._copier.block(number, sources=sources.runs())
         else:
-            rows = track.block_rows(run.block)
-            chunks = encode_exact(rows, track.tensors, None, 0)
-            number = self._writer.add_block(
+            chunks = encode_exact(track.block_rows(number), track.tensors, None, 0)
+            new = self._writer.add_block(
                 entry.n_frames, entry.content_id, entry.logical_id, chunks
             )
-        places[:, 0], places[:, 1] = number, np.arange(len(places))
+        places[:, 0], places[:, 1] = new, np.arange(len(places))
         self._advance(track, entry.n_frames)
 
     def _plan(self, runs: Sequence[FrameRun]) -> temporal.TrackPlan:

@@ -111,7 +111,7 @@ def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None,
         n_common = 0 if head.parent is None else min(common[head.parent], head.ids.kept)
         if n_common == head.ids.kept:
             # Only here do its own tokens matter; few are decoded in a file of many branches.
-            n_common = common_prefix(archive.tokens(number), ids)
+            n_common += common_prefix(archive.tokens(number)[n_common:], ids[n_common:])
         common.append(n_common)
         if n_common >= best[1]:
             best = (number, n_common)
