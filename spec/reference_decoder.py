@@ -66,7 +66,7 @@ class Unsupported(Rejected):
 class Undecodable(Rejected):
     """It cannot be decoded with what is given."""
 
-    kind, code = "cannot be decoded", 4
+    kind, code = "cannot be decoded with what is given", 4
 
 
 def need(condition, message, error=Damaged):
@@ -961,7 +961,7 @@ def read_basis(payload, before=None):
         budget -= n * n_channels
         need(budget >= 0, "entries of a basis")
         exponents = np.frombuffer(c.take(n), np.int8).astype(float)
-        widths = read_widths(c, n * len(group["sizes"])).reshape(n, -1)
+        widths = read_widths(c, n * len(group["sizes"])).reshape(n, len(group["sizes"]))
         entries = [read_matrix(c, size, widths[:, t]).T for t, size in enumerate(group["sizes"])]
         rows = np.concatenate(entries, axis=1) * 2.0 ** (-exponents[:, None] / 4)
         if not parent:
