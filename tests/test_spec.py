@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from spec_decoder import ROOT, SPEC, VALID, assert_same, decoder, snapshot_refs, token_coding
+from spec_decoder import (
+    ROOT,
+    SPEC,
+    VALID,
+    assert_same,
+    decoder,
+    load,
+    snapshot_refs,
+    token_coding,
+)
 
 import tscfile
 from tscfile.books import book as books
@@ -270,9 +279,16 @@ def test_decoder_reads_quality_layers(tier: str, tmp_path: Path) -> None:
     assert_same(path, BOOK, tier)
 
 
+def _worked_example() -> tuple[str, str]:
+    """The part about the smallest file, and that about other tiers."""
+    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    first, other = text.split("## Other tiers")
+    return first, other
+
+
 def test_worked_example_is_the_vector() -> None:
     """The tables show every byte of the file once, in order."""
-    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    text, _ = _worked_example()
     rows = re.findall(r"^\| (\d+) \| ((?:[0-9a-f]{2} ?)+) \|", text, re.M)
     shown = bytearray()
     for offset, hexed in rows:
@@ -283,7 +299,7 @@ def test_worked_example_is_the_vector() -> None:
 
 def test_structures_of_worked_example() -> None:
     """The tables behind the snapshots show every byte of the structures once, in order."""
-    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    text, _ = _worked_example()
     file = decoder.File(SMALLEST.with_suffix(".tsc").read_bytes())
     parts = re.split(r"^The structure, (\d+) bytes:$", text, flags=re.M)[1:]
     for size, part, snapshot in zip(parts[::2], parts[1::2], file.snapshots, strict=True):
@@ -295,7 +311,7 @@ def test_structures_of_worked_example() -> None:
 
 
 def test_checksums_of_worked_example() -> None:
-    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    text, _ = _worked_example()
     data = SMALLEST.with_suffix(".tsc").read_bytes()
     said = re.findall(r"XXH3-64 of bytes (\d+) to (\d+)(.*?): `([0-9a-f]+)` \|", text)
     assert len(said) == 1 + 9 * 2 + 3
@@ -306,6 +322,32 @@ def test_checksums_of_worked_example() -> None:
         elif number := re.search(r"\((\d+) as u64\)", more):
             hashed += int(number[1]).to_bytes(8, "little")
         assert f"{decoder.checksum(hashed):016x}".endswith(value)
+
+
+def test_other_tiers_of_worked_example_are_of_the_vectors() -> None:
+    """Each table shows bytes of its file, or of a structure in it, with no gap but in long rows."""
+    _, text = _worked_example()
+    shown = re.findall(r"<!-- (\w+): (\w+) (\d+)(?:, only .*)? -->\n\n((?:\|.*\n)+)", text)
+    assert len(shown) >= 10
+    for name, kind, number, table in shown:
+        path = VALID / f"{name}.tsc"
+        data = path.read_bytes()
+        if kind == "structure":
+            data = decoder.File(data, only=-1).snapshots[int(number)]["structure"]
+        stop = None
+        for offset, first, last in re.findall(
+            r"^\| \+?(\d+) \| ([0-9a-f ]+?)(?: … ([0-9a-f ]+))? \|", table, re.M
+        ):
+            start, end = bytes.fromhex(first), bytes.fromhex(last)
+            assert data[int(offset) :].startswith(start)
+            assert stop is None or int(offset) == stop
+            stop = data.index(end, int(offset)) + len(end) if last else int(offset) + len(start)
+
+
+def test_tables_of_worked_example_can_be_made_again() -> None:
+    take_apart = load(SPEC / "vectors" / "take_apart.py")
+    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    assert take_apart.rewritten(text, decoder) == text
 
 
 def _page(name: str) -> str:
