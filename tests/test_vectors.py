@@ -152,6 +152,20 @@ def _decoder_rejects(data: bytes) -> tuple[str, str] | None:
     return None
 
 
+@pytest.mark.parametrize("name", ["small", "session", "codebooks"])
+def test_the_decoder_of_the_specification_rejects_damage(name: str) -> None:
+    """A flipped bit in every byte, a cut at every length: never another kind of error. Torn bytes
+    behind a whole commit, padding and reserved bytes are no reason to reject."""
+    data = (VALID / f"{name}.tsc").read_bytes()
+    n_rejected = 0
+    for at in range(len(data)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        for broken in (bytes(flipped), data[:at]):
+            n_rejected += _decoder_rejects(broken) is not None
+    assert n_rejected > 1.4 * len(data)
+
+
 @pytest.mark.parametrize("path", sorted(INVALID.glob("*.tsc")), ids=lambda path: path.stem)
 def test_both_readers_reject(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = _json(path)
