@@ -585,11 +585,15 @@ def layers_of(block, tensors):
             at += chunk["tensors"]
         need(at == len(tensors), "tensors of a layer")
         codecs = {chunk["codec"] for chunk in layer}
-        if codecs & set(LOSSY):
+        if max(codecs, default=0) > PRODUCT:
+            pass  # of a later version, and no matter where it is not asked for
+        elif codecs & set(LOSSY):
             need(len(layer) == 1, "one chunk in a lossy layer")
             refines = codecs == {REFINEMENT}
             need(refines == (n > 0), "codec of a layer")
-            need(not refines or below <= {BOOK_TRANSFORM, REFINEMENT}, "what a layer refines")
+            newer = max(below, default=0) > PRODUCT
+            fits = newer or below <= {BOOK_TRANSFORM, REFINEMENT}
+            need(not refines or fits, "what a layer refines")
         else:
             need(n == last, "a layer above the exact one")
             need(codecs.isdisjoint({BOOK_EXACT}) or len(layer) == 1, "one chunk in the layer")

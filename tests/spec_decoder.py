@@ -35,7 +35,8 @@ def assert_same(path: Path, book: Path | None = None, tier: str | None = None) -
     with Archive(path, book=book) as archive:
         assert len(file.snapshots) == len(archive) > 0
         for number, found in enumerate(file.snapshots):
-            record, expected = archive.record(number), archive.snapshot(number, tier)
+            record = archive.record(number)
+            expected: Any = archive.snapshot(number, tier)
             for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
                 assert found[key] == getattr(record, key), key
             assert found["structure"] == archive.structure(number)

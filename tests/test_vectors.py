@@ -85,7 +85,7 @@ def _assert_rows(mine: Any, wanted: Any, lossy: bool) -> None:
         [np.stack([np.frombuffer(bytes.fromhex(row), np.uint8) for row in part]) for part in each]
         for each in rows
     ]
-    assert_near(*arrays, types)
+    assert_near(arrays[0], arrays[1], types)
 
 
 def test_layers_of_the_layered_vector() -> None:
@@ -185,6 +185,25 @@ def test_what_the_invalid_files_are_made_of_is_sound(tmp_path: Path) -> None:
         path.write_bytes(invalid.small(**changes))
         assert_same(path)
         assert not verify(path).problems, name
+
+
+def test_the_decoder_of_the_specification_reads_what_it_knows() -> None:
+    """Exact rows above a layer of a codec of a later version."""
+    _make()
+    invalid = importlib.import_module("make_invalid")
+    layers = invalid.two_layers(0, 1)
+
+    def chunks(chunk: Any) -> Any:
+        base, exact = layers(chunk)
+        return [invalid.EncodedChunk(invalid.replace(base.header, codec=99), b"new"), exact]
+
+    coding = {"layers": ["near", "lossless"]}
+    data = invalid.small(chunks=chunks, record=invalid.of_record(coding=coding))
+    (track,) = decoder.File(data).snapshots[0]["tracks"]
+    for mine, theirs in zip(track["rows"], invalid.ROWS, strict=True):
+        assert np.array_equal(mine, theirs)
+    with pytest.raises(decoder.Unsupported, match="codec 99"):
+        decoder.File(data, tier="near")
 
 
 def test_every_rule_has_a_file() -> None:

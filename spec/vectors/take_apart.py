@@ -494,7 +494,7 @@ class Part:
             at = stop
 
 
-def exact_values(decoder: ModuleType, name: str) -> str:
+def exact_values(decoder: Any, name: str) -> str:
     """How the first lane of a chunk of codec 5 goes through some of its values."""
     lines = ["| channel | frame | μ | A | state | events | pattern |\n",
              "|--:|--:|--:|--:|---|---|---|\n"]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ class MadeUpTrack:
         self, rows: list[NDArray[Any]], attributes: dict[str, Any], cache: int = 0
     ) -> None:
         self.rows = [np.ascontiguousarray(part).view(np.uint8) for part in rows]
-        self.tensors = tensors_of(len(rows) // 2, "bf16" if rows[0].dtype == "u2" else "f16")
+        dtype = "bf16" if rows[0].dtype == "u2" else "f16"
+        self.tensors: Sequence[TensorSpec] = tensors_of(len(rows) // 2, dtype)
         self.cells = plain_cells(len(rows[0]))
         self.attributes, self.cache = attributes, cache
 
@@ -57,7 +59,7 @@ def toy_book(tiers: tuple[TierEntry, ...] = (TierEntry("near", 256, 0.0005, 3.5)
         "book.group_coefficients": [2, 1], "book.group_predictions": [1, 1],
         "book.rope_pairing": "neox", "book.rope_scale": 1.0,
     }  # fmt: skip
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "mean": floats([0.5, 0, 0, -0.25, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
         "token_vectors": small([[64], [-64], [48]]),
         "token_scales": floats([1 / 64, 1 / 64, 1 / 32]),
@@ -99,7 +101,7 @@ def exact_book() -> Book:
     near = np.exp(-np.abs(np.arange(102) - 50.5) / 16)
     frequencies[:, :102] = np.floor(near / near.sum() * 65000)
     frequencies[:, 102] = 65536 - frequencies[:, :102].astype(int).sum(axis=1)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "sizes": np.array([0, 16, 10], np.int32), "weights_low": (weights & 255).astype(np.uint8),
         "weights_high": (weights >> 8).astype(np.int8),
         "weight_bits": np.full(n, 8, np.int8), "scale_bits": np.full(n, 10, np.int8),
@@ -120,7 +122,7 @@ def product_book() -> Book:
         (2, 1, (3, -5)), (2, 128, (-7, 9)),
     ):  # fmt: skip
         centroids[stage, code] = numbers
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "product_columns": np.array([[0, 2], [2, 0], [0, 1]], np.uint32),
         "product_centroids": centroids, "product_scales": floats([1 / 16, 1 / 32, 1 / 64]),
         "product_worth": np.geomspace(8, 1 / 64, 19).astype(np.float32),
