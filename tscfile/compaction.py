@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, files, registry, temporal, tokens
+from . import blocks, files, registry, temporal
 from .archive import Archive
 from .archived_track import ArchivedTrack, is_absent
 from .container.records import (
@@ -25,6 +25,7 @@ from .container.records import (
     BlockEntry,
     FrameRun,
     SnapshotRecord,
+    TokenIds,
     checksum,
     logical_seed,
 )
@@ -33,7 +34,7 @@ from .errors import DamagedError, UsageError
 from .exact_coding import encode_exact
 from .locking import locked
 from .model import BLOCK_FRAMES
-from .rewriting import Copier
+from .rewriting import Copier, cut_runs, nearest_kept, token_ids
 
 Progress = Callable[[int], None]
 
@@ -133,7 +134,7 @@ class _Compactor:
                 self._place(ArchivedTrack(self._archive, part, record), record)
         keys: list[NDArray[np.int64]] = []
         for record in self._records:
-            parent = self._parent(record)
+            parent = nearest_kept(self._archive, record, self._new_number)
             plans = [self._plan(part.runs) for part in record.tracks]
             keys.append(_keys(plans))
             plan = temporal.KEYFRAME
@@ -155,25 +156,12 @@ class _Compactor:
 
     # --- snapshots ----------------------------------------------------------------------------
 
-    def _parent(self, record: SnapshotRecord) -> int | None:
-        """The new number of the nearest ancestor that is kept."""
-        ancestor = record.parent
-        while ancestor is not None and ancestor not in self._new_number:
-            ancestor = self._archive.record(ancestor).parent
-        return None if ancestor is None else self._new_number[ancestor]
-
-    def _ids(self, record: SnapshotRecord, parent: int | None) -> Any:
+    def _ids(self, record: SnapshotRecord, parent: int | None) -> TokenIds:
         if record.parent is None or record.parent in self._new_number:
             return record.ids
-        ids, before, coder = self._archive.tokens(record.number), np.zeros(0, np.int32), None
-        if "book" in record.coding:
-            coder = self._archive.token_coder(record)
-        if parent is not None:
-            above = self._records[parent]
-            # As when it was appended: an exact snapshot needs no book for its parent's tokens.
-            if record.coding or not above.coding:
-                before = self._archive.tokens(above.number)
-        return tokens.encode(ids, before, coder)
+        above = None if parent is None else self._records[parent]
+        ids = self._archive.tokens(record.number)
+        return token_ids(self._archive, record, ids, above, self._archive.tokens)
 
     def _copy_extras(self) -> None:
         """Books and bases that what is kept needs, and whatever is not known here."""
@@ -252,7 +240,7 @@ class _Compactor:
         seed = logical_seed(record.identity, track)
         ids = blocks.logical_ids(track.cells, track.tokens, seed, ranges)
         for (a, b), logical in zip(ranges, ids, strict=True):
-            part = _cut(runs, a - start, b - start)
+            part = cut_runs(runs, a - start, b - start)
             content, chunks = self._join(track, entry, a, b, part)
             number = self._writer.add_block(b - a, content, logical, chunks)
             at = 0
@@ -330,14 +318,3 @@ def _pieces(
 def _true_ranges(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
-def _cut(runs: Sequence[FrameRun], start: int, stop: int) -> list[FrameRun]:
-    """Frames ``start`` to ``stop`` of those that ``runs`` are together."""
-    found, at = [], 0
-    for run in runs:
-        first, last = max(start - at, 0), min(stop - at, run.count)
-        if first < last:
-            found.append(FrameRun(run.block, run.first + first, last - first))
-        at += run.count
-    return found

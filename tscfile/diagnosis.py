@@ -155,18 +155,17 @@ class Diagnosis:
                 record = self.archive.record(number)
                 if not quick:
                     self._check_tokens(record)
-            except UsageError:
-                # A book that is not at hand: no damage of the file.
-                if self._needs_books:
-                    raise
             except TscError as error:
+                # A book that is not at hand is no damage of the file.
+                if isinstance(error, UsageError) and self._needs_books:
+                    raise
                 self.bad.snapshots.add(number)
                 self._messages[number] = str(error)
                 continue
-            self.records[number] = self.archive.record(number)
-            self._note_uses(self.records[number])
+            self.records[number] = record
+            self._note_uses(record)
             if not quick:
-                self._check_parts(self.records[number])
+                self._check_parts(record)
 
     def check_blocks(self, progress: Progress | None = None) -> None:
         """Decode every block that a snapshot uses; ``progress``: raw bytes of each."""
@@ -195,7 +194,12 @@ class Diagnosis:
 
     def _check_tokens(self, record: SnapshotRecord) -> None:
         """Tokens can be had, and frames that are not stored have all that they are made from."""
-        tokens = self.archive.tokens(record.number)
+        try:
+            tokens = self.archive.tokens(record.number)
+        except UsageError:
+            if self._needs_books:
+                raise
+            return
         for part in record.tracks:
             track, lost = ArchivedTrack(self.archive, part, record), self.recovery.lost
             if any(run.block in lost for run in part.runs) or not self._fits(record):

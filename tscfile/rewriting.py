@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from . import blocks
+from . import blocks, tokens
 from .archive import Archive
 from .bytestream import ByteReader
-from .container.records import OPAQUE, ChunkHeader, RecordRef, SnapshotRecord
+from .container.records import (
+    OPAQUE,
+    ChunkHeader,
+    FrameRun,
+    RecordRef,
+    SnapshotRecord,
+    TokenIds,
+)
 from .container.writer import ContainerWriter, EncodedChunk
 
 Progress = Callable[[int], None]
@@ -63,6 +71,41 @@ class Copier:
         before = b"" if record.parent is None else self._structures[record.parent]
         # Tokens say something of a cell only where it has columns of its own.
         has_columns = any(track.cells.ext.shape[1] for track in record.tracks)
-        tokens = self._archive.tokens(original) if has_columns else np.zeros(0, np.int32)
-        self._structures.append(record.structure(tokens))
-        self._writer.add_snapshot(record.write(tokens, before))
+        ids = self._archive.tokens(original) if has_columns else np.zeros(0, np.int32)
+        self._structures.append(record.structure(ids))
+        self._writer.add_snapshot(record.write(ids, before))
+
+
+def nearest_kept(
+    archive: Archive, record: SnapshotRecord, new_numbers: Mapping[int, int]
+) -> int | None:
+    """The new number of the nearest ancestor that is kept; ``new_numbers``: of all that are."""
+    ancestor = record.parent
+    while ancestor is not None and ancestor not in new_numbers:
+        ancestor = archive.record(ancestor).parent
+    return None if ancestor is None else new_numbers[ancestor]
+
+
+def token_ids(
+    archive: Archive, record: SnapshotRecord, ids: NDArray[np.int32],
+    parent: SnapshotRecord | None, tokens_of: Callable[[int], NDArray[np.int32]],
+) -> TokenIds:  # fmt: skip
+    """``ids`` int32 ``[n]`` as ``record`` stores them below another ``parent``. ``tokens_of``:
+    those of a snapshot by the number that its record has."""
+    before = np.zeros(0, np.int32)
+    # As when it was appended: an exact snapshot needs no book for its parent's tokens.
+    if parent is not None and (record.coding or not parent.coding):
+        before = tokens_of(parent.number)
+    coder = archive.token_coder(record) if "book" in record.coding else None
+    return tokens.encode(ids, before, coder)
+
+
+def cut_runs(runs: Sequence[FrameRun], start: int, stop: int) -> list[FrameRun]:
+    """Frames ``start`` to ``stop`` of those that ``runs`` are together."""
+    found, at = [], 0
+    for run in runs:
+        first, last = max(start - at, 0), min(stop - at, run.count)
+        if first < last:
+            found.append(FrameRun(run.block, run.first + first, last - first))
+        at += run.count
+    return found

@@ -22,8 +22,9 @@ from .recovery import LenientArchive, Recovery, recover
 @dataclass
 class VerifyReport:
     """``problems`` is empty if the file is whole; one line each. ``damages``: the same taken apart;
-    bytes behind the last whole commit are one problem. ``snapshots``: what is left of each. ``n_absent``: frames
-    that are not in the file but computed again from tokens, which are there."""
+    bytes behind the last whole commit are one problem. ``snapshots``: what is left of each.
+    ``n_absent``: frames that are not in the file but computed again from tokens, which are there.
+    """
 
     path: str
     quick: bool
@@ -100,12 +101,12 @@ def _is_torn(damage: Damage, recovery: Recovery) -> bool:
 
 def _torn_problem(recovery: Recovery, torn: list[Damage]) -> str:
     first = next((each for each in torn if each.kind != UNREADABLE and each.length), None)
-    why = "" if first is None else f", by {first.kind} at offset {first.offset}"
+    why = "" if first is None else f"; damaged is the {first.kind} at offset {first.offset}"
     more = len(recovery.archive) - recovery.n_reachable
     return (
-        f"{recovery.archive.path}: the last {recovery.torn_bytes} bytes are no whole commit{why}; "
-        f"{recovery.n_reachable} snapshots before them are in order"
-        + (f", and --salvage can have of {more} more what is left" if more else "")
+        f"{recovery.archive.path}: the last {recovery.torn_bytes} bytes are no whole commit; "
+        f"{recovery.n_reachable} snapshots before them are in order{why}"
+        + (f", and --salvage can have what is left of {more} more" if more else "")
     )
 
 

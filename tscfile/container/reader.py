@@ -86,7 +86,8 @@ class Container:
 
     def read(self, ref: RecordRef, type_: int, payload_checksum: int | None = None) -> memoryview:
         """Payload of the record at ``ref``, its header and checksum verified."""
-        where = f"{self.path}: {RECORD_NAMES[type_]} at offset {ref.offset}"
+        name = RECORD_NAMES.get(type_, f"record of type {type_}")
+        where = f"{self.path}: {name} at offset {ref.offset}"
         if ref.length < RecordHeader.SIZE or ref.offset + ref.length > self.whole_end:
             raise DamagedError(f"{where}: lies outside the file; damaged")
         data = memoryview(self._pread(ref, where))

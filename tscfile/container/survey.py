@@ -120,19 +120,12 @@ class _Walk:
     def run(self) -> Survey:
         self._header()
         at = Header.SIZE
-        lost: int | None = None
         while at < self._size:
-            after = self._step(at, lost is None)
+            after = self._step(at)
             if after is None:
-                lost = at if lost is None else lost
-                at = self._next(at + RECORD_ALIGNMENT)
-                continue
-            if lost is not None:
-                self._lose(lost, at)
-                lost = None
+                after = self._next(at + RECORD_ALIGNMENT)
+                self._lose(at, after)
             at = after
-        if lost is not None:
-            self._lose(lost, self._size)
         self._found.flaws.sort(key=lambda flaw: flaw.offset)
         return self._found
 
@@ -168,13 +161,13 @@ class _Walk:
             raise
         return True
 
-    def _step(self, at: int, in_step: bool) -> int | None:
-        """Take in the record or trailer at ``at``; returns what is behind it, None if there is
-        none. ``in_step``: one is due here."""
+    def _step(self, at: int) -> int | None:
+        """Take in the record or trailer at ``at``; returns where the next one is, None if there
+        is none here."""
         head = self._read(at, Trailer.SIZE)
         flipped = None
         trailer, header = Trailer.read(head, at), self._record_header(head, at)
-        if in_step and trailer is None and header is None and len(head) == Trailer.SIZE:
+        if trailer is None and header is None and len(head) == Trailer.SIZE:
             flipped = self._mend(at, head, lambda data: Trailer.read(data, at) is not None)
             if flipped is not None:
                 trailer = Trailer.read(self._mended(at, head), at)
@@ -182,7 +175,7 @@ class _Walk:
         if trailer is not None:
             self._found.trailers[at] = trailer
             return at + Trailer.SIZE
-        if in_step and header is None and len(head) >= RecordHeader.SIZE:
+        if header is None and len(head) >= RecordHeader.SIZE:
             flipped = self._mend(at, head[: RecordHeader.SIZE], lambda data: self._leads(data, at))
             if flipped is not None:
                 header = self._record_header(self._mended(at, head), at)
