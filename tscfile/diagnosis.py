@@ -19,6 +19,7 @@ from .container.records import (
     CODEBOOKS,
     RECORD_NAMES,
     SNAPSHOT,
+    RecordRef,
     SnapshotRecord,
 )
 from .container.survey import HEADER, TRAILER, UNREADABLE, Flaw
@@ -139,11 +140,22 @@ class Diagnosis:
         self.records: dict[int, SnapshotRecord] = {}
         self.bad = _Hits()
         self.undecoded: set[int] = set()
-        self._needs_books = needs_books
+        # Where the book in the file is damaged, that is what there is to say.
+        self._needs_books = needs_books and all(map(self._is_readable, self._books()))
         self._messages: dict[object, str] = {}
         self._uses: dict[int, list[_Use]] = {}
         self._misfits: list[tuple[_Use, str]] = []
         self._parents: dict[int, int | None] = {}
+
+    def _books(self) -> list[RecordRef]:
+        return self.archive.container.extras(BOOK)
+
+    def _is_readable(self, book: RecordRef) -> bool:
+        try:
+            self.archive.container.read(book, BOOK)
+        except DamagedError:
+            return False
+        return True
 
     # --- checks -------------------------------------------------------------------------------
 
@@ -379,7 +391,13 @@ class Diagnosis:
             elif kind == "opaque":
                 hits.parts.add(owner)
             elif kind == "extra":
-                hits.blocks |= self._blocks_that_need(offset if single else _UNKNOWN, owner)
+                # Bases and codebooks are found by what their headers say.
+                known = single or owner == BOOK
+                needing = self._blocks_that_need(offset if known else _UNKNOWN, owner)
+                if owner == BOOK and flaw.flipped is None:
+                    # Others were decoded with a book from elsewhere.
+                    needing &= self.undecoded
+                hits.blocks |= needing
                 words += [] if single else [RECORD_NAMES[owner]]
             elif not single:
                 words.append(kind)
@@ -442,7 +460,7 @@ class Diagnosis:
                         found.add(ref.offset if ref else _UNKNOWN)
                 elif type_ == BOOK and chunk.codec in needing and "book" in track.coding:
                     # Of several, which one is hit is not known; it is said of all.
-                    found |= {ref.offset for ref in container.extras(BOOK)}
+                    found |= {ref.offset for ref in self._books()}
             except DamagedError:
                 # A basis whose header cannot be read is not found.
                 found.add(_UNKNOWN)

@@ -7,11 +7,12 @@ anew:
 - from every index record that is whole, of use or merged away: each says which numbers it lists;
 - snapshots beyond them from their records, which begin with their numbers;
 - blocks beyond them from chunk records, as far as their numbers are certain. Chunks do not say
-  which block they belong to; writers store the blocks of a commit in the order of their numbers,
-  chunk after chunk. So numbers are counted, forwards up to the first place where a chunk may be
-  missing, backwards down to the last; and all of a stretch are given up if a frame run of a
-  snapshot does not fit the block that it would get. Ids are made from what the chunks decode to;
-- of tier ``tokens``, which stores no chunks, blocks as the frame runs of snapshots have them.
+  which block they belong to; the first writer stores the blocks of a commit in the order of their
+  numbers, chunk after chunk, and snapshots behind them. So numbers are counted, up to the first
+  place where a chunk may be missing, or, between snapshots that say how many there must be, if so
+  many are there; and all of a stretch are given up if a frame run of a snapshot does not fit the
+  block that it would get. Ids are made from what the chunks decode to;
+- blocks that snapshots of tier ``tokens`` alone refer to, which have no chunks, from frame runs.
 
 What cannot be had: blocks that are coded with the help of what only an index says of them.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import blocks, registry
 from .archive import Archive
@@ -51,6 +52,9 @@ from .container.records import (
 from .container.survey import UNREADABLE, FoundRecord, Survey, patched, survey
 from .errors import DamagedError, TscError
 from .tiers import TOKENS
+
+if TYPE_CHECKING:
+    from .books.book import OpenBook
 
 _NONE = RecordRef(0, 0)
 _MISSING = BlockEntry(MAX_BLOCK_FRAMES, blocks.NO_ID, blocks.NO_ID, ())
@@ -91,7 +95,8 @@ class ListedContainer(MendedContainer):
 
 class LenientArchive(Archive):
     """Reads a snapshot's record though frame runs of it may lead nowhere: whoever reads frames
-    asks `check_run` first."""
+    asks `check_run` first.
+    """
 
     def __init__(self, container: Container, book: str | os.PathLike[str] | None) -> None:
         super().__init__(container.path, book=book, container=container)
@@ -100,6 +105,13 @@ class LenientArchive(Archive):
 
     def _check_runs(self, record: SnapshotRecord, where: str) -> None:
         pass
+
+    def embedded_book(self, wanted: str) -> OpenBook | None:
+        """None for a damaged one too: the book may be found elsewhere."""
+        try:
+            return super().embedded_book(wanted)
+        except DamagedError:
+            return None
 
 
 @dataclass
@@ -183,6 +195,8 @@ class _Rebuilder:
         # Of each block and snapshot there is a record or a longer entry of an index.
         self._most = found.size // RecordHeader.SIZE
         self._counted: set[int] = set()
+        # Blocks that no snapshot of another tier than ``tokens`` refers to: they have no chunks.
+        self._absent: set[int] = set()
 
     def run(self, error: str | None, torn_bytes: int, n_reachable: int) -> Recovery:
         self._take_indices()
@@ -255,37 +269,86 @@ class _Rebuilder:
             if run.block < self._most:
                 used[run.block] = max(used.get(run.block, 0), run.first + run.count)
         n_blocks = max(known, 1 + max(used, default=-1))
-        for stretch in self._stretches(n_blocks):
+        self._absent = self._numbers_of(TOKENS) - self._numbers_of(None)
+        for stretch in self._stretches():
             found = stretch.numbered()
             found = {number: entry for number, entry in found.items() if number in used}
             if all(used[number] == entry.n_frames for number, entry in found.items()):
                 self._blocks |= found
                 self._counted |= found.keys()
-        absent = self._absent(used)
-        self._blocks |= absent
-        self._counted |= absent.keys()
+        for number in self._absent - self._blocks.keys():
+            if number in used:
+                self._blocks[number] = BlockEntry(used[number], blocks.NO_ID, blocks.NO_ID, ())
+                self._counted.add(number)
         return n_blocks
 
-    def _stretches(self, n_blocks: int) -> Iterator[_Stretch]:
-        """Chunks that no index lists, between two that are listed or an end of the file."""
+    def _numbers_of(self, tier: str | None) -> set[int]:
+        """Blocks that snapshots of tier ``tokens`` refer to, or with None those of other tiers."""
+        return {
+            run.block
+            for record in self._records if (record.tier == TOKENS) == (tier == TOKENS)
+            for track in record.tracks for run in track.runs
+        }  # fmt: skip
+
+    def _stretches(self) -> Iterator[_Stretch]:
+        """Chunks that no index lists, each stretch with the numbers that its blocks have.
+
+        A stretch ends where one that is listed comes, or behind the snapshots of a commit, whose
+        frame runs say how many blocks there are so far. Nothing is said of one whose snapshots do
+        not follow those before it or cannot be read: others may have been between them.
+        """
         listed = {c.ref.offset: n for n, entry in self._blocks.items() for c in entry.chunks}
+        snapshots = {ref.offset: number for number, ref in self._snapshots.items()}
+        highest = {
+            record.number: max((run.block for t in record.tracks for run in t.runs), default=-1)
+            for record in self._records
+        }
+        layered = any(len(record.layers) > 1 for record in self._records)
+        stretch, last, reached = _Stretch(layered, first=True), -1, -1
+        due: int | None = 0
+        is_certain, is_behind, has_gap = True, False, False
+        for offset, record in self._places():
+            if offset in listed:
+                if is_certain:
+                    yield stretch.of(self._unknown(last + 1, listed[offset]))
+                stretch, last = _Stretch(layered), listed[offset]
+                reached, due = max(reached, last), None
+                is_certain, is_behind, has_gap = True, False, False
+            elif record is not None and record.header.type == SNAPSHOT:
+                number = snapshots.get(offset, -1)
+                is_certain &= number in highest and due in (None, number)
+                reached, due = max(reached, highest.get(number, -1)), number + 1
+                stretch.seal()
+                if has_gap:
+                    stretch.gap()
+                is_behind, has_gap = True, False
+            elif record is None and is_behind:
+                has_gap = True
+            elif record is None:
+                stretch.gap()
+            elif record.header.type != CHUNK:
+                stretch.seal()
+            else:
+                if is_behind:
+                    if is_certain:
+                        yield stretch.of(self._unknown(last + 1, reached + 1))
+                    stretch, last = _Stretch(layered), reached
+                if has_gap:
+                    stretch.gap()
+                is_behind, has_gap = False, False
+                stretch.add(self._chunk(record) if record.is_right else None)
+        if is_certain and is_behind:
+            yield stretch.of(self._unknown(last + 1, reached + 1))
+
+    def _places(self) -> list[tuple[int, FoundRecord | None]]:
+        """Records in the order of the file, None for bytes that are none."""
         places: dict[int, FoundRecord | None] = {r.offset: r for r in self._found.records}
         places |= {flaw.offset: None for flaw in self._found.flaws if flaw.kind == UNREADABLE}
-        stretch, last = _Stretch(), -1
-        for offset, record in sorted(places.items()):
-            if offset in listed:
-                yield stretch.of(self._unknown(last + 1, listed[offset]))
-                stretch, last = _Stretch(), listed[offset]
-            elif record is not None and record.header.type != CHUNK:
-                stretch.seal()
-            elif record is None or not record.is_right:
-                stretch.gap()
-            else:
-                stretch.add(self._chunk(record))
-        yield stretch.of(self._unknown(last + 1, n_blocks))
+        return sorted(places.items())
 
     def _unknown(self, start: int, stop: int) -> list[int]:
-        return [number for number in range(start, stop) if number not in self._blocks]
+        known = self._blocks.keys() | self._absent
+        return [number for number in range(start, stop) if number not in known]
 
     def _chunk(self, record: FoundRecord) -> tuple[ChunkHeader, ChunkEntry] | None:
         where = f"{self._container.path}: chunk at offset {record.offset}"
@@ -298,21 +361,6 @@ class _Rebuilder:
             header.first_tensor, len(header.row_bytes), header.raw_length,
         )  # fmt: skip
         return header, entry
-
-    def _absent(self, used: dict[int, int]) -> dict[int, BlockEntry]:
-        """Blocks without chunks: those that snapshots of tier ``tokens`` alone refer to."""
-        by_others, by_tokens = set[int](), set[int]()
-        for record in self._records:
-            numbers = {run.block for track in record.tracks for run in track.runs}
-            if record.tier == TOKENS:
-                by_tokens |= numbers
-            else:
-                by_others |= numbers
-        return {
-            number: BlockEntry(n_frames, blocks.NO_ID, blocks.NO_ID, ())
-            for number, n_frames in used.items()
-            if number in by_tokens - by_others and number not in self._blocks
-        }
 
     def _give_ids(self) -> None:
         """Ids of the blocks that were counted, and whether they are what snapshots say."""
@@ -356,12 +404,12 @@ class _Rebuilder:
 
 
 class _Stretch:
-    """Blocks that follow one another in the file, with gaps where any number may be missing.
+    """Blocks that follow one another in the file, with gaps where any number may be missing."""
 
-    Numbers are given to those before the first gap and behind the last.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, layered: bool, *, first: bool = False) -> None:
+        """``layered``: blocks may have several layers. ``first``: it is of the first commit, which
+        alone may hold several snapshots."""
+        self._is_layered, self._is_first = layered, first
         self._parts: list[list[list[tuple[ChunkHeader, ChunkEntry]]]] = [[]]
         self._numbers: Sequence[int] = ()
         self._is_sealed = True
@@ -371,13 +419,14 @@ class _Stretch:
         self._is_sealed = True
 
     def gap(self) -> None:
-        if not self._is_sealed:
-            # More of its chunks may have been here.
+        if self._is_layered and not self._is_sealed:
+            # Its finer layers may have been here. Tensors that are missing show by themselves.
             del self._parts[-1][-1:]
         self._parts.append([])
         self._is_sealed = True
 
     def add(self, chunk: tuple[ChunkHeader, ChunkEntry] | None) -> None:
+        """The next chunk, None if it cannot be read."""
         self._is_sealed = False
         if chunk is None:
             self.gap()
@@ -393,16 +442,13 @@ class _Stretch:
         return self
 
     def numbered(self) -> dict[int, BlockEntry]:
-        first, last = self._parts[0], self._parts[-1]
-        if len(self._parts) == 1:
-            if len(first) != len(self._numbers):
-                return {}
-            pairs = list(zip(self._numbers, first, strict=True))
-        else:
-            pairs = list(zip(self._numbers, first, strict=False))
-            pairs += list(zip(self._numbers[::-1], last[::-1], strict=False))
-            if len(first) + len(last) > len(self._numbers):
-                return {}
+        """Blocks whose numbers are certain."""
+        found = [block for part in self._parts for block in part]
+        if len(found) != len(self._numbers) or (self._is_first and len(self._parts) > 1):
+            # Snapshots of the first commit may have been lost, and what they alone say of.
+            no_gaps = len(self._parts) == 1
+            found = [] if no_gaps and len(found) < len(self._numbers) else self._parts[0]
+        pairs = zip(self._numbers, found, strict=False)
         return {number: _entry(chunks) for number, chunks in pairs if _is_known(chunks)}
 
 

@@ -1,10 +1,10 @@
 """Write what a damaged archive still holds to a new one.
 
-Blocks are copied as they are and keep their numbers, whole snapshots too but for theirs; the
-damaged file stays. Of a snapshot that has lost frames the first ones are kept, up to the first
-that is lost, with their tokens: a conversation can be resumed from there. That is possible where
-cell ``i`` is position ``i`` of one sequence in every track; the frames of a sliding window, and a
-recurrent state, say nothing of an earlier moment, and such a snapshot is kept whole or not at all.
+Blocks and whole snapshots are copied as they are, but for their numbers; the damaged file stays.
+Of a snapshot that has lost frames the first ones are kept, up to the first that is lost, with their
+tokens: a conversation can be resumed from there. That is possible where cell ``i`` is position
+``i`` of one sequence in every track; the frames of a sliding window, and a recurrent state, say
+nothing of an earlier moment, and such a snapshot is kept whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, files
+from . import files
 from .container.reader import IndexSegment
 from .container.records import RecordRef, SnapshotRecord, TrackRecord
 from .container.writer import ContainerWriter
@@ -119,12 +119,15 @@ def salvage(
         diagnosis.check_blocks(progress)
         salvager = _Salvager(diagnosis)
         if not salvager.kept:
-            raise DamagedError(f"{recovery.archive.path}: of no snapshot anything can be had")
+            reason = salvager.lost[-1].reason if salvager.lost else "there are none"
+            raise DamagedError(
+                f"{recovery.archive.path}: of no snapshot anything can be had: {reason}"
+            )
+        found, flaws = report_of(diagnosis), recovery.survey.flaws
         with files.new_file(out, force=force) as fd:
             size = salvager.write(ContainerWriter(fd))
-        flaws = recovery.survey.flaws
         return SalvageReport(
-            report_of(diagnosis), salvager.kept, salvager.lost,
+            found, salvager.kept, salvager.lost,
             sum(flaw.flipped is not None for flaw in flaws), sorted(recovery.counted),
             sorted(diagnosis.undecoded), size,
         )  # fmt: skip
@@ -153,14 +156,13 @@ class _Salvager:
         writer.copy_extras(self._archive.container)
         copier = Copier(self._archive, writer)
         used = {run.block for record in self._records for t in record.tracks for run in t.runs}
-        for number, entry in enumerate(self._archive.container.blocks):
-            if number in used:
-                copier.block(number)
-            elif number <= max(used, default=-1):
-                # Numbers stay as they are: an absent block to which nobody refers.
-                writer.add_block(entry.n_frames, blocks.NO_ID, blocks.NO_ID, ())
+        new_number = {number: copier.block(number) for number in sorted(used)}
         for record, kept in zip(self._records, self.kept, strict=True):
-            copier.snapshot(record, kept.original)
+            tracks = [
+                replace(t, runs=tuple(replace(r, block=new_number[r.block]) for r in t.runs))
+                for t in record.tracks
+            ]
+            copier.snapshot(replace(record, tracks=tracks), kept.original)
         return writer.commit()
 
     def _leave_out_extras(self) -> None:
