@@ -19,10 +19,11 @@ from .container.records import (
     CODEBOOKS,
     RECORD_NAMES,
     SNAPSHOT,
+    BlockEntry,
     RecordRef,
     SnapshotRecord,
 )
-from .container.survey import HEADER, TRAILER, UNREADABLE, Flaw
+from .container.survey import UNREADABLE, Flaw
 from .errors import DamagedError, TscError, UsageError
 from .recovery import Recovery
 from .registry import OF_BOOK, PRODUCT, SESSION_TRANSFORM
@@ -131,11 +132,12 @@ class _Use:
 
 class Diagnosis:
     """``records``: of the snapshots that can be read. ``bad``: what cannot be had whole, and
-    ``undecoded`` the blocks that were not decoded for want of a book, though their chunks have
-    their checksums; both are complete once everything was checked."""
+    ``undecoded`` the blocks that could not be decoded here, for want of a book for instance, though
+    their chunks have their checksums; both are complete once everything was checked."""
 
     def __init__(self, recovery: Recovery, *, needs_books: bool = True) -> None:
-        """``needs_books``: raise `UsageError` where a book is not at hand."""
+        """``needs_books``: raise `UsageError` where a book is not at hand, and call a block bad
+        that cannot be decoded here."""
         self.recovery, self.archive = recovery, recovery.archive
         self.records: dict[int, SnapshotRecord] = {}
         self.bad = _Hits()
@@ -262,16 +264,23 @@ class Diagnosis:
         entry = self.archive.container.blocks[number]
         for use in self._uses.get(number, ())[:1]:
             try:
-                try:
-                    use.track.check_block(number)
-                except UsageError:
-                    if self._needs_books:
-                        raise
-                    for chunk in entry.chunks:
-                        self.archive.chunk_payload(number, chunk)
-                    self.undecoded.add(number)
-            except TscError as error:
+                use.track.check_block(number)
+            except DamagedError as error:
                 return str(error)
+            except TscError as error:
+                # No book, or a codec that is not known here.
+                if self._needs_books:
+                    return str(error)
+                return self._check_chunks(number, entry)
+        return None
+
+    def _check_chunks(self, number: int, entry: BlockEntry) -> str | None:
+        try:
+            for chunk in entry.chunks:
+                self.archive.chunk_payload(number, chunk)
+        except DamagedError as error:
+            return str(error)
+        self.undecoded.add(number)
         return None
 
     def _where(self, record: SnapshotRecord) -> str:
@@ -279,21 +288,15 @@ class Diagnosis:
 
     # --- what is lost -------------------------------------------------------------------------
 
-    def loss(self, number: int, hits: _Hits | None = None) -> Loss | None:
-        """What a snapshot loses by what is `bad`, or by ``hits`` alone."""
-        everything = number in (hits or self.bad).snapshots
-        losses = self._losses(hits or self.bad, None if hits else self._misfits)
-        if everything:
-            return Loss(number, True)
-        return next((loss for loss in losses if loss.snapshot == number), None)
+    def losses(self) -> dict[int, Loss]:
+        """What snapshots lose once all flipped bits are put right; by number."""
+        return {loss.snapshot: loss for loss in self._losses(self.bad, self._misfits)}
 
-    def _losses(
-        self, hits: _Hits, misfits: Iterable[tuple[_Use, str]] | None = None
-    ) -> list[Loss]:
+    def _losses(self, hits: _Hits, misfits: Iterable[tuple[_Use, str]] = ()) -> list[Loss]:
         cells: dict[int, list[Cells]] = {}
         parts: dict[int, list[str]] = {}
         uses = [use for block in sorted(hits.blocks) for use in self._uses.get(block, ())]
-        for use in (*uses, *(use for use, _ in misfits or ())):
+        for use in (*uses, *(use for use, _ in misfits)):
             cells.setdefault(use.snapshot, []).append(use.cells)
         for number, name in sorted(hits.parts):
             parts.setdefault(number, []).append(name)
@@ -362,9 +365,7 @@ class Diagnosis:
     def _unreachable(self, flaw: Flaw) -> str:
         """What a reader loses by a damage that hits no frame and no snapshot."""
         recovery = self.recovery
-        leads = flaw.kind in (HEADER, TRAILER, "index") or (
-            flaw.kind == UNREADABLE and recovery.is_rebuilt
-        )
+        leads = flaw.leads and (flaw.kind != UNREADABLE or recovery.is_rebuilt)
         if leads and recovery.error is not None:
             return "; the file cannot be opened without --salvage"
         if leads and recovery.torn_bytes and len(self.archive) > recovery.n_reachable:
@@ -455,9 +456,9 @@ class Diagnosis:
                     from .product_codec import codebook_of
 
                     codebook = codebook_of(payload, where)
-                    ref = container.by_checksum(CODEBOOKS).get(codebook)
+                    held = container.by_checksum(CODEBOOKS).get(codebook)
                     if codebook != CODES_OF_BOOK:
-                        found.add(ref.offset if ref else _UNKNOWN)
+                        found.add(held.offset if held else _UNKNOWN)
                 elif type_ == BOOK and chunk.codec in needing and "book" in track.coding:
                     # Of several, which one is hit is not known; it is said of all.
                     found |= {ref.offset for ref in self._books()}

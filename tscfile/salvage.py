@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import files
+from . import files, temporal
 from .container.reader import IndexSegment
 from .container.records import RecordRef, SnapshotRecord, TrackRecord
 from .container.writer import ContainerWriter
@@ -138,6 +138,7 @@ class _Salvager:
 
     def __init__(self, diagnosis: Diagnosis) -> None:
         self._diagnosis, self._archive = diagnosis, diagnosis.archive
+        self._losses = diagnosis.losses()
         self.kept: list[Kept] = []
         self.lost: list[LostSnapshot] = []
         self._records: list[SnapshotRecord] = []
@@ -179,7 +180,7 @@ class _Salvager:
 
     def _keep(self, number: int) -> None:
         """Take a snapshot, or what is left of it; `TscError` if it cannot be had."""
-        loss = self._diagnosis.loss(number)
+        loss = self._losses.get(number)
         if loss is not None and loss.everything:
             raise DamagedError("its record, or one that it is read with, is damaged")
         record = self._diagnosis.records[number]
@@ -204,7 +205,8 @@ class _Salvager:
         here = len(self._records)
         if ids is not None:
             self._cut_tokens[here] = ids
-        self._records.append(replace(new, number=here, parent=parent))
+        plan = temporal.KEYFRAME if parent is None else new.plan
+        self._records.append(replace(new, number=here, parent=parent, plan=plan))
         self._numbers[number] = here
         n_cells = sum(len(track.cells) for track in new.tracks)
         parts = tuple(entry.name for entry in record.opaque if entry not in new.opaque)

@@ -85,6 +85,9 @@ def report_of(diagnosis: Diagnosis, quick: bool = False) -> VerifyReport:
     report.damages = diagnosis.damages()
     torn = [each for each in report.damages if _is_torn(each, recovery)]
     report.problems = [each.problem for each in report.damages if each not in torn]
+    if recovery.error is not None and not any(flaw.leads for flaw in recovery.survey.flaws):
+        # Every byte has its checksum, and yet they contradict each other.
+        report.problems.insert(0, recovery.error)
     if recovery.torn_bytes:
         report.problems.insert(0, _torn_problem(recovery, torn))
     report.snapshots = diagnosis.states()

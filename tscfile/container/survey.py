@@ -80,6 +80,11 @@ class Flaw:
         """Nobody reads these bytes."""
         return self.kind in (PADDING, GAP)
 
+    @property
+    def leads(self) -> bool:
+        """These bytes may be on the way to the snapshots."""
+        return self.kind in (HEADER, TRAILER, RECORD_NAMES[INDEX], UNREADABLE)
+
 
 @dataclass
 class Survey:
