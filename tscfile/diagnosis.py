@@ -50,7 +50,7 @@ class Cells:
     last_position: int
 
     def __str__(self) -> str:
-        text = _numbers("cell", range(self.start, self.stop))
+        text = numbered("cell", range(self.start, self.stop))
         if (self.first_position, self.last_position) != (self.start, self.stop - 1):
             text += f" (positions {self.first_position} to {self.last_position})"
         if self.cache or self.stream:
@@ -370,7 +370,7 @@ class Diagnosis:
             return "; the file cannot be opened without --salvage"
         if leads and recovery.torn_bytes and len(self.archive) > recovery.n_reachable:
             beyond = range(recovery.n_reachable, len(self.archive))
-            return f"; {_numbers('snapshot', beyond)} cannot be reached without --salvage"
+            return f"; {numbered('snapshot', beyond)} cannot be reached without --salvage"
         return "; nothing is lost by it"
 
     def _hits(self, flaw: Flaw) -> tuple[str, _Hits]:
@@ -475,16 +475,17 @@ def _line(text: str, losses: Sequence[Loss]) -> str:
     alike: dict[str, list[int]] = {}
     for loss in losses:
         alike.setdefault(str(loss), []).append(loss.snapshot)
-    told = [f"{what} of {_numbers('snapshot', numbers)}" for what, numbers in alike.items()]
+    told = [f"{what} of {numbered('snapshot', numbers)}" for what, numbers in alike.items()]
     more = len(told) - _MOST_GROUPS
     if more > 0:
         told[_MOST_GROUPS:] = [f"and parts of {more} more"]
     return f"{text}; lost: {'; '.join(told)}"
 
 
-def _numbers(noun: str, numbers: Iterable[int]) -> str:
-    """
-    >>> _numbers("snapshot", [0]), _numbers("snapshot", [0, 1, 2, 5])
+def numbered(noun: str, numbers: Iterable[int]) -> str:
+    """Numbers in words.
+
+    >>> numbered("snapshot", [0]), numbered("snapshot", [0, 1, 2, 5])
     ('snapshot 0', 'snapshots 0 to 2, 5')
     """
     ordered = sorted(numbers)

@@ -92,6 +92,8 @@ def _raw_bytes(archive: Path) -> int:
 def _tell_damages(
     report: VerifyReport, quiet: bool, as_json: bool, *, printed: bool = False
 ) -> None:
+    from tscfile.diagnosis import numbered
+
     if as_json and not printed:
         print_json(report)
     for problem in report.problems:
@@ -99,6 +101,9 @@ def _tell_damages(
     done = "structure is whole" if report.quick else "every checksum and block is right"
     if report.n_absent:
         done += f"; {report.n_absent} frames are not stored but recomputed"
+    if report.problems and len(report.whole) < report.n_snapshots:
+        whole = numbered("snapshot", report.whole) if report.whole else "none"
+        say(f"whole as they are: {whole}", quiet or as_json)
     if not report.problems:
         say(
             f"{report.path}: ok: {report.n_snapshots} snapshots, {report.n_blocks} blocks; {done}",
