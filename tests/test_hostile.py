@@ -33,13 +33,11 @@ from tscfile.container.records import (
     FrameRun,
     Header,
     Index,
-    OpaqueEntry,
     RecordRef,
-    SnapshotRecord,
-    TokenIds,
     Trailer,
     checksum,
 )
+from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord, TokenIds
 from tscfile.container.writer import ContainerWriter
 from tscfile.entropy import zstd
 from tscfile.errors import DamagedError, TscError, UnsupportedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import blocks, pipeline, registry, tokens
 from .archived_track import ArchivedTrack, is_absent
-from .bytestream import Allowance
+from .bytestream import Allowance, ByteReader
 from .container.reader import Container
 from .container.records import (
     BASIS,
@@ -29,12 +29,15 @@ from .container.records import (
     ChunkHeader,
     FrameRun,
     Header,
-    OpaqueEntry,
     RecordRef,
+    Trailer,
+)
+from .container.snapshots import (
+    OpaqueEntry,
+    SnapshotHead,
     SnapshotRecord,
     TokenIds,
     TrackRecord,
-    Trailer,
 )
 from .entropy import zstd
 from .errors import DamagedError, UsageError
@@ -53,6 +56,11 @@ _CACHED_RECORDS = 32 << 20
 """Bytes of snapshot records that are kept once they are read."""
 
 _CACHED_TOKENS = 8 << 20
+
+_CACHED_SOURCES = 16 << 20
+
+MAX_SOURCE_CHAIN = 8
+"""Differences of blocks to blocks that are differences themselves."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +103,12 @@ class Archive:
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
+        self._heads: dict[int, SnapshotHead] = {}
         self._records: dict[int, tuple[SnapshotRecord, bytes]] = {}
         self._record_bytes: dict[int, int] = {}
-        self._tokens: dict[int, NDArray[np.int32]] = {}
+        # By snapshot and context, 0 for its own tokens.
+        self._tokens: dict[tuple[int, int], NDArray[np.int32]] = {}
+        self._source_rows: dict[int, list[Rows]] = {}
         self._max_cells = sum(block.n_frames for block in self._container.blocks)
         # Decoding a chunk takes a few times its size, on every core.
         self._max_chunk = max(blocks.MOST_CHUNK_BYTES, self.size // 4)
@@ -146,60 +157,103 @@ class Archive:
 
         `UsageError` if there is no such snapshot.
         """
+        wanted = self._index(number)
+        # A record is told from that of its dictionary, which comes first.
+        pending = [] if wanted in self._records else [wanted]
+        while pending:
+            dictionary = self.head(pending[-1]).dictionary
+            if dictionary is not None and dictionary not in self._records:
+                pending.append(dictionary)
+                continue
+            self._load(pending.pop(), dictionary)
+        return self._records[wanted][0]
+
+    def head(self, number: int = -1) -> SnapshotHead:
+        """What is known of a snapshot without its structure; raises as `record` does."""
+        wanted = self._index(number)
+        # Whether it keeps too many of the parent's tokens is told by the parent.
+        pending = [] if wanted in self._heads else [wanted]
+        while pending:
+            payload, where = self._payload(pending[-1])
+            head = SnapshotHead.read(ByteReader(payload, where, self._container.allowance()))
+            if head.number != pending[-1]:
+                raise DamagedError(f"{where}: its record says it is number {head.number}; damaged")
+            if {head.parent, head.dictionary} & {head.number}:
+                raise DamagedError(f"{where}: names itself as an earlier one; damaged")
+            if head.parent is not None and head.parent not in self._heads:
+                pending.append(head.parent)
+                continue
+            self._check_kept(head, where)
+            self._heads[pending.pop()] = head
+        return self._heads[wanted]
+
+    def _check_kept(self, head: SnapshotHead, where: str) -> None:
+        if head.parent is None:
+            return
+        parent = self._heads[head.parent]
+        known = [len(parent.ids), *(len(context.ids) for context in parent.contexts)]
+        for source, ids in [(0, head.ids), *((each.source, each.ids) for each in head.contexts)]:
+            if source >= len(known) or ids.kept > known[source]:
+                raise DamagedError(f"{where}: keeps tokens that its parent lacks; damaged")
+
+    def _index(self, number: int) -> int:
         n = len(self)
         if not -n <= number < n:
             raise UsageError(
                 f"{self.path}: no snapshot {number}; there are {n}"
                 + (f", 0 to {n - 1}" if n else "")
             )
-        wanted = number % n
-        # A record is told from its parent's, so parents come first; a loop, as chains are long.
-        pending = [] if wanted in self._records else [wanted]
-        while pending:
-            payload, where = self._payload(pending[-1])
-            parent = SnapshotRecord.read_parent(payload, where)
-            if parent is not None and parent not in self._records:
-                if parent >= pending[-1]:
-                    raise DamagedError(f"{where}: names itself or a later one as parent; damaged")
-                pending.append(parent)
-                continue
-            self._load(pending.pop(), payload, parent, where)
-        return self._records[wanted][0]
+        return number % n
 
     def structure(self, number: int) -> bytes:
-        """The structure of a snapshot's record, against which its children's are compressed."""
+        """The structure of a snapshot's record."""
         return self._records[self.record(number).number][1]
 
-    def tokens(self, number: int = -1) -> NDArray[np.int32]:
-        """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it."""
+    def tokens(self, number: int = -1, context: int = 0) -> NDArray[np.int32]:
+        """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it.
+
+        ``context``: of which of its contexts, counted from 1; 0 for its own.
+        """
         # Blocks are decoded by several threads, and each asks.
         with self._lock:
-            return self._read_tokens(self.record(number))
+            return self._read_tokens(self._index(number), context)
 
-    def _read_tokens(self, record: SnapshotRecord) -> NDArray[np.int32]:
-        # The first of its tokens are the parent's, and so on: a loop, as chains are long.
-        chain = [record]
-        while chain[-1].number not in self._tokens and chain[-1].ids.kept:
-            chain.append(self.record(chain[-1].parent))  # type: ignore[arg-type]
-        for each in reversed(chain):
-            if each.number in self._tokens:
-                continue
-            where = f"{self.path}: snapshot {each.number}"
-            found = self._decode_tokens(each.ids, each.parent, each.coding, where)
-            self._tokens[each.number] = found
-            while len(self._tokens) > 2 and _size(self._tokens) > _CACHED_TOKENS:
-                del self._tokens[next(iter(self._tokens))]
-        return self._tokens[record.number]
-
-    def _decode_tokens(
-        self, ids: TokenIds, parent: int | None, coding: dict[str, Any], where: str
+    def _read_tokens(
+        self, number: int, context: int = 0, coding: dict[str, Any] | None = None
     ) -> NDArray[np.int32]:
-        before = np.zeros(0, np.int32)
-        if ids.kept and parent is not None:
-            before = self._tokens[parent] if parent in self._tokens else self.tokens(parent)
-        coder = None
+        """``coding``: that of the snapshot, while its record is not read yet."""
+        # The first of its tokens are the parent's, and so on: a loop, as chains are long.
+        chain = [(number, context)]
+        while chain[-1] not in self._tokens:
+            head, (ids, source) = self.head(chain[-1][0]), self._ids(*chain[-1])
+            if not ids.kept:
+                break
+            assert head.parent is not None
+            chain.append((head.parent, source))
+        found = np.zeros(0, np.int32)
+        for key in reversed(chain):
+            if key not in self._tokens:
+                is_first = key == chain[0]
+                self._tokens[key] = self._decode_ids(key, found, coding if is_first else None)
+                while len(self._tokens) > 2 and _size(self._tokens) > _CACHED_TOKENS:
+                    del self._tokens[next(iter(self._tokens))]
+            found = self._tokens[key]
+        return found
+
+    def _ids(self, number: int, context: int) -> tuple[TokenIds, int]:
+        """Ids as they are stored, and the parent's context that they keep from."""
+        head = self.head(number)
+        if not context:
+            return head.ids, 0
+        return head.contexts[context - 1].ids, head.contexts[context - 1].source
+
+    def _decode_ids(
+        self, key: tuple[int, int], before: NDArray[np.int32], coding: dict[str, Any] | None
+    ) -> NDArray[np.int32]:
+        number, where = key[0], f"{self.path}: snapshot {key[0]}"
+        ids, coder = self._ids(*key)[0], None
         if ids.coding == tokens.OF_BOOK:
-            coder = self._book(coding, where).token_coder
+            coder = self._book(coding or self.record(number).coding, where).token_coder
         return tokens.decode(ids, before, coder, where)
 
     def snapshot(self, number: int = -1, tier: str | None = None) -> Snapshot:
@@ -274,6 +328,18 @@ class Archive:
         if run.block >= len(entries) or run.first + run.count > entries[run.block].n_frames:
             raise DamagedError(f"{self.path}: a snapshot names frames that no block has; damaged")
         return entries[run.block]
+
+    def source_rows(self, number: int, decode: Callable[[], list[Rows]]) -> list[Rows]:
+        """All rows of a block that others are differences to: decoded once for several."""
+        with self._lock:
+            if number not in self._source_rows:
+                rows = decode()
+                while self._source_rows and (
+                    _total(rows) + sum(map(_total, self._source_rows.values())) > _CACHED_SOURCES
+                ):
+                    del self._source_rows[next(iter(self._source_rows))]
+                self._source_rows[number] = rows
+            return self._source_rows[number]
 
     def decode(
         self, number: int, chunk: ChunkEntry, tensors: Sequence[TensorSpec]
@@ -417,7 +483,7 @@ class Archive:
         """Bytes of the file needed to restore one snapshot, structure included; ``layer``: with
         quality layers up to this one and no others."""
         record = self.record(number)
-        used = {run.block for track in record.tracks for run in track.runs}
+        used = self.with_sources(run.block for track in record.tracks for run in track.runs)
         total = Header.SIZE + Trailer.SIZE
         total += sum(segment.ref.length for segment in self._container.segments)
         total += sum(
@@ -428,22 +494,31 @@ class Archive:
         total += sum(ref.length for ref in self.basis_records(record))
         held = self._container.by_checksum(CODEBOOKS)
         total += sum(held[key].length for key in set(self.codebooks(record)) if key in held)
-        ancestor: int | None = record.number
-        while ancestor is not None:
-            total += self._container.snapshots[ancestor].length
-            ancestor = self.record(ancestor).parent
-        return total
+        return total + sum(self._container.snapshots[each].length for each in self.lineage(number))
+
+    def lineage(self, number: int) -> set[int]:
+        """A snapshot and those whose records it is read with: numbers."""
+        found: set[int] = set()
+        pending: list[int | None] = [self._index(number)]
+        while pending:
+            each = pending.pop()
+            if each is not None and each not in found:
+                found.add(each)
+                head = self.head(each)
+                keeps = head.ids.kept or any(context.ids.kept for context in head.contexts)
+                pending += [head.dictionary, head.parent if keeps else None]
+        return found
 
     def bases(self, record: SnapshotRecord) -> list[int]:
         """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
-        return self._ids(record, "bases", "a basis")
+        return self._named(record, "bases", "a basis")
 
     def codebooks(self, record: SnapshotRecord) -> list[int]:
         """Ids of the codebooks of the file that a snapshot's blocks of codec 6 are coded with, the
         newest last."""
-        return self._ids(record, "codebooks", "codebooks")
+        return self._named(record, "codebooks", "codebooks")
 
-    def _ids(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
+    def _named(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
         names = record.coding.get(key, [])
         if not isinstance(names, list) or not all(
             isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
@@ -463,19 +538,19 @@ class Archive:
         ref = self._container.snapshots[number]
         return self._container.read(ref, SNAPSHOT), f"{self.path}: snapshot {number}"
 
-    def _load(self, number: int, payload: memoryview, parent: int | None, where: str) -> None:
-        before = (None, b"") if parent is None else self._records[parent]
+    def _load(self, number: int, dictionary: int | None) -> None:
+        payload, where = self._payload(number)
+        like = b"" if dictionary is None else self._records[dictionary][1]
         allowance = self._container.allowance()
         full = allowance.left
 
-        def tokens_of(ids: TokenIds, coding: dict[str, Any]) -> NDArray[np.int32]:
-            return self._decode_tokens(ids, parent, coding, where)
+        def tokens_of(coding: dict[str, Any]) -> NDArray[np.int32]:
+            with self._lock:
+                return self._read_tokens(number, 0, coding)
 
         record, structure = SnapshotRecord.read(
-            payload, *before, tokens_of, self._max_cells, where, allowance
+            payload, like, tokens_of, self._max_cells, where, allowance
         )
-        if record.number != number:
-            raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
         self._check_runs(record, where)
         self._records[number] = record, structure
         self._record_bytes[number] = full - allowance.left
@@ -486,18 +561,57 @@ class Archive:
 
     def _check_runs(self, record: SnapshotRecord, where: str) -> None:
         for track in record.tracks:
+            at = 0
             for run in track.runs:
-                self.check_run(run, track, record, where)
+                self._check_context(run, at, track, record, where)
+                at += run.count
+            self._check_blocks([run.block for run in track.runs], track, record, where)
 
     def check_run(
-        self, run: FrameRun, track: TrackRecord, record: SnapshotRecord, where: str
+        self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
     ) -> None:
-        """`DamagedError` unless a frame run of a snapshot leads to frames of its track."""
-        block = self.block(run)
-        self._check_chunks(block, track, where)
+        """`DamagedError` unless a frame run of a snapshot, whose first frame is cell ``start``,
+        leads to frames of its track."""
+        self._check_context(run, start, track, record, where)
+        self._check_blocks([run.block], track, record, where)
+
+    def _check_context(
+        self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        self.block(run)
+        pos = track.cells.pos[start : start + run.count].astype(np.int64) - run.shift
+        n_contexts = len(record.head.contexts)
+        if run.context > n_contexts or (run.context and (np.abs(pos) >> 31).any()):
+            raise DamagedError(f"{where}: has frames of a context it lacks; damaged")
+
+    def _check_blocks(
+        self, numbers: Iterable[int], track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
         has_book = isinstance(record.coding.get("book"), str)
-        if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
-            raise DamagedError(f"{where}: has frames of a book and names none; damaged")
+        for number in self.with_sources(numbers):
+            block = self._container.blocks[number]
+            self._check_chunks(block, track, where)
+            if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
+                raise DamagedError(f"{where}: has frames of a book and names none; damaged")
+
+    def with_sources(self, numbers: Iterable[int]) -> list[int]:
+        """Blocks and all that they are differences to, in ascending order.
+
+        `DamagedError` for a chain of more than `MAX_SOURCE_CHAIN`.
+        """
+        found: set[int] = set()
+        level, entries = set(numbers), self._container.blocks
+        for _ in range(MAX_SOURCE_CHAIN + 1):
+            found |= level
+            level = {run.block for number in level for run in entries[number].sources}
+            if not level:
+                return sorted(found)
+        raise DamagedError(f"{self.path}: a chain of too many differences to blocks; damaged")
+
+    def n_sources(self, number: int) -> int:
+        """How long the chain of differences is that a block is read with."""
+        sources = {run.block for run in self._container.blocks[number].sources}
+        return 1 + max(map(self.n_sources, sources)) if sources else 0
 
     def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
         """Each quality layer of a block must be all tensors of the track, once and in order, and
@@ -545,7 +659,11 @@ class Archive:
         return content
 
 
-def _size(arrays: dict[int, NDArray[np.int32]]) -> int:
+def _total(rows: Sequence[Rows]) -> int:
+    return sum(part.nbytes for part in rows)
+
+
+def _size(arrays: dict[tuple[int, int], NDArray[np.int32]]) -> int:
     return sum(each.nbytes for each in arrays.values())
 
 

@@ -18,15 +18,11 @@ from numpy.typing import NDArray
 from . import blocks, files, registry, temporal
 from .archive import Archive
 from .archived_track import ArchivedTrack, is_absent
-from .container.records import (
-    BASIS,
-    BOOK,
-    CODEBOOKS,
-    BlockEntry,
-    FrameRun,
+from .container.records import BASIS, BOOK, CODEBOOKS, BlockEntry, FrameRun, checksum
+from .container.snapshots import (
+    Context,
     SnapshotRecord,
     TokenIds,
-    checksum,
     logical_seed,
 )
 from .container.writer import ContainerWriter, EncodedChunk
@@ -34,7 +30,7 @@ from .errors import DamagedError, UsageError
 from .exact_coding import encode_exact
 from .locking import locked
 from .model import BLOCK_FRAMES
-from .rewriting import Copier, cut_runs, nearest_kept, token_ids
+from .rewriting import Copier, all_tokens, nearest_kept, tokens_below
 
 Progress = Callable[[int], None]
 
@@ -129,26 +125,34 @@ class _Compactor:
     def run(self) -> None:
         self._copy_extras()
         # The newest snapshots have the longest stretches of frames; older ones find theirs in them.
-        for record in reversed(self._records):
-            for part in record.tracks:
-                self._place(ArchivedTrack(self._archive, part, record), record)
+        tracks = [
+            (ArchivedTrack(self._archive, part, record), record)
+            for record in reversed(self._records) for part in record.tracks
+        ]  # fmt: skip
+        for track, record in tracks:
+            self._place(track, record)
+        # What is a difference comes behind what it is one to.
+        for track, record in tracks:
+            for run in sorted(track.runs, key=lambda run: run.block):
+                self._place_difference(track, record, run)
         keys: list[NDArray[np.int64]] = []
         for record in self._records:
             parent = nearest_kept(self._archive, record, self._new_number)
             plans = [self._plan(part.runs) for part in record.tracks]
             keys.append(_keys(plans))
-            plan = temporal.KEYFRAME
-            if parent is not None:
-                n_kept = int(np.isin(keys[-1], keys[parent]).sum())
-                plan = temporal.name_plan(n_kept, len(keys[parent]))
+            plan = record.plan
+            if record.parent is not None and record.parent not in self._new_number:
+                plan = temporal.KEYFRAME
+                if parent is not None:
+                    n_kept = int(np.isin(keys[-1], keys[parent]).sum())
+                    plan = temporal.name_plan(n_kept, len(keys[parent]))
+            ids, contexts = self._ids(record, parent)
             new = replace(
                 record,
-                number=self._new_number[record.number],
-                parent=parent,
+                head=replace(record.head, parent=parent, ids=ids, contexts=contexts),
                 plan=plan,
-                ids=self._ids(record, parent),
                 tracks=[
-                    replace(part, runs=plan.runs())
+                    replace(part, runs=plan.runs(range(1, len(contexts) + 1)))
                     for part, plan in zip(record.tracks, plans, strict=True)
                 ],
             )
@@ -156,12 +160,15 @@ class _Compactor:
 
     # --- snapshots ----------------------------------------------------------------------------
 
-    def _ids(self, record: SnapshotRecord, parent: int | None) -> TokenIds:
+    def _ids(
+        self, record: SnapshotRecord, parent: int | None
+    ) -> tuple[TokenIds, tuple[Context, ...]]:
+        """Tokens and contexts of a snapshot whose parent, in the new file, is ``parent``."""
         if record.parent is None or record.parent in self._new_number:
-            return record.ids
+            return record.ids, record.head.contexts
         above = None if parent is None else self._records[parent]
-        ids = self._archive.tokens(record.number)
-        return token_ids(self._archive, record, ids, above, self._archive.tokens)
+        wanted = all_tokens(self._archive, record)
+        return tokens_below(self._archive, record, wanted, above, self._archive.tokens)
 
     def _copy_extras(self) -> None:
         """Books and bases that what is kept needs, and whatever is not known here."""
@@ -182,16 +189,43 @@ class _Compactor:
     # --- frames -------------------------------------------------------------------------------
 
     def _place(self, track: ArchivedTrack, record: SnapshotRecord) -> None:
-        """Store the frames of a track that are not in the new file yet."""
+        """Store the frames of a track that are not in the new file yet, but for differences."""
         new = self._plan(track.runs).block < 0
+        at = 0
+        for run in track.runs:
+            if self._archive.block(run).sources:
+                new[at : at + run.count] = False
+            at += run.count
         for start, stop, runs in _pieces(track.runs, new, self._joins):
             self._store(track, record, start, stop, runs)
 
+    def _place_difference(
+        self, track: ArchivedTrack, record: SnapshotRecord, run: FrameRun
+    ) -> None:
+        """Store a block that is coded as a difference, as one if what it is one to is kept."""
+        entry, places = self._archive.block(run), self._places_of(run.block)
+        if not entry.sources or (places >= 0).any():
+            return
+        sources = self._plan(entry.sources)
+        if (sources.block >= 0).all():
+            number = self._copier.block(run.block, sources=sources.runs())
+        else:
+            rows = track.block_rows(run.block)
+            chunks = encode_exact(rows, track.tensors, None, 0)
+            number = self._writer.add_block(
+                entry.n_frames, entry.content_id, entry.logical_id, chunks
+            )
+        places[:, 0], places[:, 1] = number, np.arange(len(places))
+        self._advance(track, entry.n_frames)
+
     def _plan(self, runs: Sequence[FrameRun]) -> temporal.TrackPlan:
-        """Where frames of the old file are in the new one."""
+        """Where frames of the old file are in the new one, contexts as they are."""
         parts = [self._places_of(run.block)[run.first : run.first + run.count] for run in runs]
         places = np.concatenate([np.zeros((0, 2), np.int64), *parts])
-        return temporal.TrackPlan(places[:, 0].copy(), places[:, 1].copy())
+        counts = [run.count for run in runs]
+        columns = np.array([(run.context or temporal.OWN, run.shift) for run in runs], np.int64)
+        context, shift = np.repeat(columns.reshape(-1, 2), counts, axis=0).T
+        return temporal.TrackPlan(places[:, 0].copy(), places[:, 1].copy(), context, shift)
 
     def _places_of(self, number: int) -> NDArray[np.int64]:
         if number not in self._places:
@@ -240,7 +274,7 @@ class _Compactor:
         seed = logical_seed(record.identity, track)
         ids = blocks.logical_ids(track.cells, track.tokens, seed, ranges)
         for (a, b), logical in zip(ranges, ids, strict=True):
-            part = cut_runs(runs, a - start, b - start)
+            part = temporal.cut_runs(runs, a - start, b - start)
             content, chunks = self._join(track, entry, a, b, part)
             number = self._writer.add_block(b - a, content, logical, chunks)
             at = 0
@@ -266,7 +300,8 @@ class _Compactor:
                 parts.append((payloads, run.first, run.count))
             chunks = track.codec().join(parts, track.tensors, where)
         if n_lossy == like.n_layers:
-            return blocks.opaque_id(*(c.header.write() + c.body for c in chunks)), chunks
+            # The rows that these were made of are not known.
+            return blocks.NO_ID, chunks
         rows, whole = track.read(start, stop), None
         entries = [self._archive.block(run) for run in runs]
         has_book = len(self._users[runs[0].block]) == 1 and "book" in track.coding

@@ -19,7 +19,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from .archive import Archive
-from .container.records import ID_BYTES, TrackRecord, common_prefix
+from .container.records import ID_BYTES
+from .container.snapshots import TrackRecord, common_prefix
 from .errors import UsageError
 from .identity import compare
 from .model import ModelIdentity, Snapshot, TensorSpec, Track

@@ -13,20 +13,23 @@ from typing import Any
 
 from . import workers
 from .archived_track import ArchivedTrack
+from .bytestream import ByteReader
 from .container.records import (
     BASIS,
     BOOK,
+    CHUNK,
     CODEBOOKS,
     RECORD_NAMES,
     SNAPSHOT,
     BlockEntry,
     RecordRef,
-    SnapshotRecord,
 )
+from .container.snapshots import SnapshotHead, SnapshotRecord
 from .container.survey import UNREADABLE, Flaw
 from .errors import DamagedError, TscError, UsageError
 from .recovery import Recovery
 from .registry import OF_BOOK, PRODUCT, SESSION_TRANSFORM
+from .rewriting import all_tokens
 
 Progress = Callable[[int], None]
 
@@ -147,7 +150,7 @@ class Diagnosis:
         self._messages: dict[object, str] = {}
         self._uses: dict[int, list[_Use]] = {}
         self._misfits: list[tuple[_Use, str]] = []
-        self._parents: dict[int, int | None] = {}
+        self._leads: dict[int, set[int]] = {}
 
     def _books(self) -> list[RecordRef]:
         return self.archive.container.extras(BOOK)
@@ -164,7 +167,7 @@ class Diagnosis:
     def check_snapshots(self, *, quick: bool = False) -> None:
         """Read every snapshot record and, unless ``quick``, tokens and opaque parts."""
         for number in range(len(self.archive)):
-            self._parents[number] = self._read_parent(number)
+            self._leads[number] = self._read_leads(number)
             try:
                 record = self.archive.record(number)
                 if not quick:
@@ -198,18 +201,20 @@ class Diagnosis:
             if progress:
                 progress(sum(chunk.raw_length for chunk in entry.chunks))
 
-    def _read_parent(self, number: int) -> int | None:
+    def _read_leads(self, number: int) -> set[int]:
+        """Snapshots whose records one is read with, as it says itself."""
         ref = self.archive.container.snapshots[number]
         try:
             payload = self.archive.container.read(ref, SNAPSHOT)
-            return SnapshotRecord.read_parent(payload, self.archive.path)
+            head = SnapshotHead.read(ByteReader(payload, self.archive.path))
         except DamagedError:
-            return None
+            return set()
+        return {other for other in (head.parent, head.dictionary) if other is not None}
 
     def _check_tokens(self, record: SnapshotRecord) -> None:
         """Tokens can be had, and frames that are not stored have all that they are made from."""
         try:
-            tokens = self.archive.tokens(record.number)
+            tokens, *_ = all_tokens(self.archive, record)
         except UsageError:
             if self._needs_books:
                 raise
@@ -252,7 +257,7 @@ class Diagnosis:
                     use = _Use(record.number, track, at, at + run.count)
                     try:
                         if run.block not in self.recovery.lost:
-                            self.archive.check_run(run, part, record, self._where(record))
+                            self.archive.check_run(run, at, part, record, self._where(record))
                         self._uses.setdefault(run.block, []).append(use)
                     except DamagedError as error:
                         self._misfits.append((use, str(error)))
@@ -358,7 +363,8 @@ class Diagnosis:
         text = f"{where}: {flaw.problem}; damaged{what}"
         if flaw.flipped is not None:
             text += f"; a flipped bit in byte {flaw.flipped}, which --salvage puts right"
-        block = min(hits.blocks) if len(hits.blocks) == 1 and flaw.kind == "chunk" else None
+        is_chunk = flaw.kind == RECORD_NAMES[CHUNK] and hits.blocks
+        block = min(hits.blocks) if is_chunk else None
         line = text + self._unreachable(flaw) if not losses else _line(text, losses)
         return Damage(flaw.kind, flaw.offset, flaw.length, block, losses, flaw.flipped, line)
 
@@ -384,10 +390,10 @@ class Diagnosis:
             if offset != flaw.offset if single else offset not in span:
                 continue
             if kind == "chunk":
-                hits.blocks.add(owner)
+                hits.blocks |= self._dependents(owner)
                 words.append(f"block {owner}")
             elif kind == "snapshot":
-                hits.snapshots |= {n for n in self._parents if owner in self._chain(n)}
+                hits.snapshots |= {n for n in self._leads if owner in self._chain(n)}
                 words.append(f"snapshot {owner}")
             elif kind == "opaque":
                 hits.parts.add(owner)
@@ -422,14 +428,20 @@ class Diagnosis:
 
     def _chain(self, number: int) -> set[int]:
         """A snapshot and all whose records it is read with."""
-        chain, at = set(), number
-        while at not in chain:
-            chain.add(at)
-            parent = self._parents.get(at)
-            if parent is None:
-                break
-            at = parent
+        chain, pending = set(), {number}
+        while pending:
+            chain |= pending
+            pending = set().union(*(self._leads.get(n, set()) for n in pending)) - chain
         return chain
+
+    def _dependents(self, number: int) -> set[int]:
+        """A block and all that are differences to it."""
+        found = {number}
+        for other, entry in enumerate(self.archive.container.blocks):
+            # Sources come before what is a difference to them.
+            if any(run.block in found for run in entry.sources):
+                found.add(other)
+        return found
 
     def _blocks_that_need(self, offset: int, type_: int) -> set[int]:
         """Blocks that are decoded with a basis, book or codebooks record."""

@@ -46,9 +46,8 @@ from .container.records import (
     Index,
     RecordHeader,
     RecordRef,
-    SnapshotRecord,
-    logical_seed,
 )
+from .container.snapshots import SnapshotRecord, logical_seed
 from .container.survey import UNREADABLE, FoundRecord, Survey, patched, survey
 from .errors import DamagedError, TscError
 from .tiers import TOKENS
@@ -363,7 +362,8 @@ class _Rebuilder:
         return header, entry
 
     def _give_ids(self) -> None:
-        """Ids of the blocks that were counted, and whether they are what snapshots say."""
+        """Ids of the blocks that were counted, and whether they are what snapshots say. That of a
+        lossy block is of rows that nobody has: it stays zero."""
         waiting = set(self._counted)
         for record in self._records:
             where = f"{self._container.path}: snapshot {record.number}"
@@ -372,7 +372,7 @@ class _Rebuilder:
                 for run in part.runs:
                     if run.block in waiting:
                         try:
-                            self._archive.check_run(run, part, record, where)
+                            self._archive.check_run(run, at, part, record, where)
                             self._give_id(track, record, run, at)
                             waiting.discard(run.block)
                         except TscError:
@@ -391,9 +391,6 @@ class _Rebuilder:
         if is_exact(entry):
             decoded = (track.exact_rows(run.block, chunk) for chunk in entry.layer(-1))
             content = blocks.content_id([part for rows in decoded for part in rows])
-        elif entry.chunks:
-            loaded = (self._archive.chunk_payload(run.block, chunk) for chunk in entry.chunks)
-            content = blocks.opaque_id(*(payload for _, payload in loaded))
         logical = blocks.NO_ID
         if (run.first, run.count) == (0, entry.n_frames):
             seed = logical_seed(record.identity, track)

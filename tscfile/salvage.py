@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 
 from . import files, temporal
 from .container.reader import IndexSegment
-from .container.records import RecordRef, SnapshotRecord, TrackRecord
+from .container.records import RecordRef
+from .container.snapshots import SnapshotRecord, TrackRecord
 from .container.writer import ContainerWriter
 from .conversations import FILE_ID
 from .diagnosis import Diagnosis, Loss
 from .errors import DamagedError, TscError, UsageError
 from .model import CellTable
 from .recovery import recover
-from .rewriting import Copier, cut_runs, nearest_kept, token_ids
+from .rewriting import Copier, all_tokens, nearest_kept, tokens_below
+from .temporal import cut_runs
 from .verification import VerifyReport, report_of
 
 Progress = Callable[[int], None]
@@ -157,7 +159,11 @@ class _Salvager:
         writer.copy_extras(self._archive.container)
         copier = Copier(self._archive, writer)
         used = {run.block for record in self._records for t in record.tracks for run in t.runs}
-        new_number = {number: copier.block(number) for number in sorted(used)}
+        new_number: dict[int, int] = {}
+        for number in self._archive.with_sources(used):
+            sources = self._archive.container.blocks[number].sources
+            moved = [replace(run, block=new_number[run.block]) for run in sources]
+            new_number[number] = copier.block(number, sources=moved)
         for record, kept in zip(self._records, self.kept, strict=True):
             tracks = [
                 replace(t, runs=tuple(replace(r, block=new_number[r.block]) for r in t.runs))
@@ -185,38 +191,38 @@ class _Salvager:
             raise DamagedError("its record, or one that it is read with, is damaged")
         record = self._diagnosis.records[number]
         n_before = sum(len(track.cells) for track in record.tracks)
-        new, ids = record, None
+        new, is_cut = record, False
         if loss is not None:
             new = _without(record, loss)
             if loss.cells:
                 n = min(cells.start for cells in loss.cells)
-                ids = self._archive.tokens(number)[:n]
-                new = _cut(new, n)
+                new, is_cut = _cut(new, n), True
         parent = nearest_kept(self._archive, record, self._numbers)
         above = None if parent is None else self._records[parent]
         as_before = above is None or (
             self.kept[above.number].original == record.parent
             and above.number not in self._cut_tokens
         )
-        if ids is not None or not as_before or (above is None and record.parent is not None):
-            whole = self._archive.tokens(number) if ids is None else ids
-            kept_ids = token_ids(self._archive, new, whole, above, self._new_tokens)
-            new = replace(new, ids=kept_ids)
+        ids, contexts = record.ids, record.head.contexts
         here = len(self._records)
-        if ids is not None:
-            self._cut_tokens[here] = ids
+        if is_cut or not as_before or (above is None and record.parent is not None):
+            wanted = all_tokens(self._archive, record)
+            if is_cut:
+                self._cut_tokens[here] = wanted[0] = wanted[0][:n]
+            ids, contexts = tokens_below(self._archive, new, wanted, above, self._new_tokens)
         plan = temporal.KEYFRAME if parent is None else new.plan
-        self._records.append(replace(new, number=here, parent=parent, plan=plan))
+        head = replace(record.head, number=here, parent=parent, ids=ids, contexts=contexts)
+        self._records.append(replace(new, head=head, plan=plan))
         self._numbers[number] = here
         n_cells = sum(len(track.cells) for track in new.tracks)
         parts = tuple(entry.name for entry in record.opaque if entry not in new.opaque)
         self.kept.append(Kept(here, number, n_cells, n_before, parts))
 
-    def _new_tokens(self, number: int) -> NDArray[np.int32]:
-        """Tokens of a snapshot of the new file."""
-        if number in self._cut_tokens:
+    def _new_tokens(self, number: int, context: int) -> NDArray[np.int32]:
+        """Tokens of a snapshot of the new file, or of one of its contexts."""
+        if number in self._cut_tokens and not context:
             return self._cut_tokens[number]
-        return self._archive.tokens(self.kept[number].original)
+        return self._archive.tokens(self.kept[number].original, context)
 
 
 def _without(record: SnapshotRecord, loss: Loss) -> SnapshotRecord:

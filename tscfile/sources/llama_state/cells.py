@@ -131,8 +131,9 @@ def _seq_id_words(
     starts: NDArray[np.int64], counts: NDArray[np.int32], n_fixed: int
 ) -> NDArray[np.int64]:
     """Where each sequence id stands: the records' ends, without their fixed words."""
-    before = np.cumsum(counts, dtype=np.int64) - counts
-    return np.repeat(starts + n_fixed - before, counts) + np.arange(int(counts.sum()))
+    before: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64) - counts
+    shifts: NDArray[np.int64] = np.repeat(starts + n_fixed - before, counts)
+    return shifts + np.arange(int(counts.sum()))
 
 
 def _check_table(table: CellTable) -> None:
@@ -166,7 +167,8 @@ def encode_cells(table: CellTable) -> NDArray[np.int32]:
 
 def encoded_cells_bytes(table: CellTable) -> int:
     """Length of `encode_cells` in bytes."""
-    return 4 * (len(table) * (2 + table.ext.shape[1]) + len(table.seq_ids))
+    n_fixed: int = 2 + table.ext.shape[1]
+    return 4 * (len(table) * n_fixed + len(table.seq_ids))
 
 
 def empty_cells(n_ext: int = 0) -> CellTable:
