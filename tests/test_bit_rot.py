@@ -580,6 +580,69 @@ def test_a_book_that_is_damaged_inside(where: int, tmp_path: Path, place: Place)
         assert all(same_state(mine, state) for mine, state in zip(archive, states, strict=True))
 
 
+def differing(path: Path, *, branch: int) -> list[Snapshot]:
+    """Three saves: frames 40 to 110 of one are stored as differences to those of the one before it
+    but for a branch from frame 30 on, which is number ``branch``."""
+    first, second = make_snapshot(120), make_snapshot(140)
+    rng = np.random.default_rng(1)
+    for i, part in enumerate(second.tracks[0].rows):  # type: ignore[attr-defined]
+        rows = part.copy().view(np.uint16)
+        rows[40:110] ^= rng.integers(0, 2, rows[40:110].shape).astype(np.uint16)
+        second.tracks[0].rows[i] = rows.view(np.uint8)  # type: ignore[attr-defined]
+    saves = [first, second]
+    saves.insert(branch, make_snapshot(60, edited_from=30))
+    tscfile.pack(saves[0], path)
+    for save in saves[1:]:
+        tscfile.append(save, path)
+    return saves
+
+
+def test_differences_to_what_is_damaged(tmp_path: Path, place: Place) -> None:
+    path = tmp_path / "a.tsc"
+    saves = differing(path, branch=0)
+    with Archive(path) as archive:
+        entries = archive.container.blocks
+        (number,) = (n for n, entry in enumerate(entries) if entry.sources)
+        (source,) = {run.block for run in entries[number].sources}
+        at, beside = chunk_of(path, source), chunk_of(path, number)
+    whole = path.read_bytes()
+    place.damaged.write_bytes(whole)
+    overwritten(place.damaged, at + 100)
+    (damage,) = tscfile.verify(place.damaged).damages
+    assert damage.block == source
+    lost = {loss.snapshot: [(c.start, c.stop) for c in loss.cells] for loss in damage.losses}
+    # What shares the block, and what is a difference to it.
+    assert lost == {1: [(30, 120)], 2: [(30, 120)]}
+    report = salvage(place.damaged, place.out)
+    assert [(kept.n_cells, kept.is_whole) for kept in report.kept] == [
+        (60, True), (30, False), (30, False),
+    ]  # fmt: skip
+    # The difference itself, and with the index: what only that says of it cannot be had.
+    place.damaged.write_bytes(whole)
+    overwritten(place.damaged, beside + 100)
+    report = salvage(place.damaged, place.out, force=True)
+    assert [kept.n_cells for kept in report.kept] == [60, 120, 40]
+    place.damaged.write_bytes(without_indices(whole, place.damaged))
+    report = salvage(place.damaged, place.out, force=True)
+    assert [kept.n_cells for kept in report.kept] == [60, 120, 40]
+    with Archive(place.out) as archive:
+        for found, save in zip(archive, saves, strict=True):
+            assert_begins(save, found, len(found.tracks[0].cells))
+
+
+def test_a_difference_behind_a_block_that_is_left_out(tmp_path: Path, place: Place) -> None:
+    """Blocks are numbered anew; the difference finds its frames."""
+    first, _, last = differing(place.damaged, branch=1)
+    overwritten(place.damaged, snapshot_of(place.damaged, 1) + 30)
+    report = salvage(place.damaged, place.out)
+    assert [(kept.original, kept.is_whole) for kept in report.kept] == [(0, True), (2, True)]
+    assert not tscfile.verify(place.out).problems
+    with Archive(place.out) as archive:
+        numbers = [n for n, entry in enumerate(archive.container.blocks) if entry.sources]
+        assert numbers == [1]
+        assert all(same_state(*pair) for pair in zip(archive, (first, last), strict=True))
+
+
 def test_an_archive_within_an_archive_is_not_salvaged(tmp_path: Path, place: Place) -> None:
     """Its index lists what is not there."""
     inner = tmp_path / "inner.tsc"
