@@ -85,10 +85,13 @@ class Archive:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, book: str | os.PathLike[str] | None = None
-    ) -> None:
-        """``book``: its file, where it is neither beside the archive nor in ``TSC_BOOKS``."""
-        self._container = Container(path)
+        self, path: str | os.PathLike[str], *, book: str | os.PathLike[str] | None = None,
+        container: Container | None = None,
+    ) -> None:  # fmt: skip
+        """``book``: its file, where it is neither beside the archive nor in ``TSC_BOOKS``.
+        ``container``: the file at ``path`` if it is open already; it is closed with the archive.
+        """
+        self._container = container or Container(path)
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
@@ -267,7 +270,7 @@ class Archive:
             tokens=self.tokens(record.number),
             tracks=tracks,
             source=dict(record.source),
-            opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
+            opaque={entry.name: self.opaque_part(entry, allowance) for entry in record.opaque},
             identity=ModelIdentity(dict(record.identity)),
             exact=all(track.is_exact() for track in tracks),
             n_absent=sum(len(track.absent_positions()) for track in tracks),
@@ -441,7 +444,7 @@ class Archive:
         with self._lock:
             if basis not in self._session_codecs:
                 chain = [(ref, self._container.read(ref, BASIS, key))
-                         for key, ref in self._basis_chain(basis, where)]  # fmt: skip
+                         for key, ref in self.basis_chain(basis, where)]  # fmt: skip
                 found: Basis | None = None
                 for ref, payload in reversed(chain):
                     place = f"{self.path}: basis at offset {ref.offset}"
@@ -450,8 +453,9 @@ class Archive:
                 self._session_codecs[basis] = SessionCodec(found)
             return self._session_codecs[basis]
 
-    def _basis_chain(self, basis: int, where: str) -> Iterator[tuple[int, RecordRef]]:
-        """A basis and those it extends, the nearest first: ids and records."""
+    def basis_chain(self, basis: int, where: str) -> Iterator[tuple[int, RecordRef]]:
+        """A basis and those it extends, the nearest first: ids and records. `DamagedError` where
+        one of them is not there."""
         from .session_basis import MAX_CHAIN, Basis
 
         if self._bases is None:
@@ -527,7 +531,7 @@ class Archive:
     def basis_records(self, record: SnapshotRecord) -> set[RecordRef]:
         """Records of a snapshot's bases and of all that they extend."""
         where = f"{self.path}: snapshot {record.number}"
-        chains = [self._basis_chain(basis, where) for basis in self.bases(record)]
+        chains = [self.basis_chain(basis, where) for basis in self.bases(record)]
         return {ref for chain in chains for _, ref in chain}
 
     def _payload(self, number: int) -> tuple[memoryview, str]:
@@ -547,14 +551,7 @@ class Archive:
         record, structure = SnapshotRecord.read(
             payload, like, tokens_of, self._max_cells, where, allowance
         )
-        has_book = isinstance(record.coding.get("book"), str)
-        for track in record.tracks:
-            self._check_contexts(track, record.head, where)
-            for number_ in self.with_sources(run.block for run in track.runs):
-                block = self._container.blocks[number_]
-                self._check_chunks(block, track, where)
-                if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
-                    raise DamagedError(f"{where}: has frames of a book and names none; damaged")
+        self._check_runs(record, where)
         self._records[number] = record, structure
         self._record_bytes[number] = full - allowance.left
         # The oldest go; one that is needed again is read again.
@@ -562,14 +559,40 @@ class Archive:
             oldest = next(iter(self._records))
             del self._records[oldest], self._record_bytes[oldest]
 
-    def _check_contexts(self, track: TrackRecord, head: SnapshotHead, where: str) -> None:
-        at = 0
-        for run in track.runs:
-            self.block(run)
-            pos = track.cells.pos[at : at + run.count].astype(np.int64) - run.shift
-            at += run.count
-            if run.context > len(head.contexts) or (run.context and (np.abs(pos) >> 31).any()):
-                raise DamagedError(f"{where}: has frames of a context it lacks; damaged")
+    def _check_runs(self, record: SnapshotRecord, where: str) -> None:
+        for track in record.tracks:
+            at = 0
+            for run in track.runs:
+                self._check_context(run, at, track, record, where)
+                at += run.count
+            self._check_blocks([run.block for run in track.runs], track, record, where)
+
+    def check_run(
+        self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        """`DamagedError` unless a frame run of a snapshot, whose first frame is cell ``start``,
+        leads to frames of its track."""
+        self._check_context(run, start, track, record, where)
+        self._check_blocks([run.block], track, record, where)
+
+    def _check_context(
+        self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        self.block(run)
+        pos = track.cells.pos[start : start + run.count].astype(np.int64) - run.shift
+        n_contexts = len(record.head.contexts)
+        if run.context > n_contexts or (run.context and (np.abs(pos) >> 31).any()):
+            raise DamagedError(f"{where}: has frames of a context it lacks; damaged")
+
+    def _check_blocks(
+        self, numbers: Iterable[int], track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        has_book = isinstance(record.coding.get("book"), str)
+        for number in self.with_sources(numbers):
+            block = self._container.blocks[number]
+            self._check_chunks(block, track, where)
+            if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
+                raise DamagedError(f"{where}: has frames of a book and names none; damaged")
 
     def with_sources(self, numbers: Iterable[int]) -> list[int]:
         """Blocks and all that they are differences to, in ascending order.
@@ -624,7 +647,8 @@ class Archive:
             next_tensor += chunk.n_tensors
         return next_tensor == len(track.tensors)
 
-    def _opaque(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:
+    def opaque_part(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:
+        """Bytes that a snapshot's source carried; `DamagedError` if they are not what they were."""
         where = f"{self.path}: opaque part {entry.name!r} at offset {entry.ref.offset}"
         allowance.claim(entry.raw_length, where)
         content = zstd.decompress(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, files, registry, temporal, tokens
+from . import blocks, files, registry, temporal
 from .archive import Archive
 from .archived_track import ArchivedTrack, is_absent
 from .container.records import BASIS, BOOK, CODEBOOKS, BlockEntry, FrameRun, checksum
@@ -23,7 +23,6 @@ from .container.snapshots import (
     Context,
     SnapshotRecord,
     TokenIds,
-    common_prefix,
     logical_seed,
 )
 from .container.writer import ContainerWriter, EncodedChunk
@@ -31,7 +30,7 @@ from .errors import DamagedError, UsageError
 from .exact_coding import encode_exact
 from .locking import locked
 from .model import BLOCK_FRAMES
-from .rewriting import Copier
+from .rewriting import Copier, all_tokens, nearest_kept, tokens_below
 
 Progress = Callable[[int], None]
 
@@ -141,7 +140,7 @@ class _Compactor:
             self._place_difference(differences[number], number)
         keys: list[NDArray[np.int64]] = []
         for record in self._records:
-            parent = self._parent(record)
+            parent = nearest_kept(self._archive, record, self._new_number)
             plans = [self._plan(part.runs) for part in record.tracks]
             keys.append(_keys(plans))
             plan = record.plan
@@ -164,36 +163,15 @@ class _Compactor:
 
     # --- snapshots ----------------------------------------------------------------------------
 
-    def _parent(self, record: SnapshotRecord) -> int | None:
-        """The new number of the nearest ancestor that is kept."""
-        ancestor = record.parent
-        while ancestor is not None and ancestor not in self._new_number:
-            ancestor = self._archive.record(ancestor).parent
-        return None if ancestor is None else self._new_number[ancestor]
-
     def _ids(
         self, record: SnapshotRecord, parent: int | None
     ) -> tuple[TokenIds, tuple[Context, ...]]:
         """Tokens and contexts of a snapshot whose parent, in the new file, is ``parent``."""
         if record.parent is None or record.parent in self._new_number:
             return record.ids, record.head.contexts
-        archive, nothing, coder = self._archive, np.zeros(0, np.int32), None
-        if "book" in record.coding:
-            coder = archive.token_coder(record)
-        known = [nothing]
-        if parent is not None:
-            above = self._records[parent]
-            # As when it was appended: an exact snapshot needs no book for its parent's tokens.
-            if record.coding or not above.coding:
-                n_contexts = len(above.head.contexts)
-                known = [archive.tokens(above.number, i) for i in range(n_contexts + 1)]
-        ids = tokens.encode(archive.tokens(record.number), known[0], coder)
-        contexts = []
-        for number in range(1, len(record.head.contexts) + 1):
-            wanted = archive.tokens(record.number, number)
-            source = max(range(len(known)), key=lambda i: common_prefix(known[i], wanted))
-            contexts.append(Context(source, tokens.encode(wanted, known[source], coder)))
-        return ids, tuple(contexts)
+        above = None if parent is None else self._records[parent]
+        wanted = all_tokens(self._archive, record)
+        return tokens_below(self._archive, record, wanted, above, self._archive.tokens)
 
     def _copy_extras(self) -> None:
         """Books and bases that what is kept needs, and whatever is not known here."""
