@@ -227,3 +227,45 @@ def test_command(
     assert "2 of 6 snapshots" in run(0, "compact", path, "--keep-last", 2)
     tscfile.unpack(path, tmp_path / "back.kv")
     assert (tmp_path / "back.kv").read_bytes() == SERIES[-1].read_bytes()
+
+
+def test_another_tier(made: dict[str, Path], tmp_path: Path) -> None:
+    """Exact saves are coded anew, with their names and branches; the file shrinks in its place."""
+    path = tmp_path / "a.tsc"
+    shutil.copy(made["lossless"], path)
+    options = ["--tier", "balanced", "--book", str(BOOK), "--drop", "0"]
+    assert main(["compact", str(path), *options]) == 0
+    assert path.stat().st_size < made["lossless"].stat().st_size / 50
+    assert not verify(path, book=BOOK).problems
+    with Archive(made["lossless"]) as old, Archive(path, book=BOOK) as new:
+        assert len(new) == 5
+        for number in range(5):
+            before, after = old.record(number + 1), new.record(number)
+            assert (after.tier, after.name) == ("balanced", before.name)
+            assert after.identity == before.identity and after.source == before.source
+            assert np.array_equal(old.tokens(number + 1), new.tokens(number))
+            alone = tmp_path / "alone.tsc"
+            tscfile.pack(old.snapshot(number + 1), alone, tier="balanced", book=BOOK, force=True)
+            with Archive(alone, book=BOOK) as single:
+                # The frames of the newest turn have the same steps.
+                n = len(after.ids) - 5
+                wanted, found = (
+                    np.concatenate(each.tracks[0].read(n, n + 5), axis=1).view(np.float16)
+                    for each in (single.snapshot(), new.snapshot(number))
+                )
+                assert np.allclose(wanted, found, rtol=2e-3, atol=2e-3)
+        # The branch, a turn that was generated twice, is one still.
+        parents = [old.head(number + 1).parent for number in range(1, 5)]
+        assert [new.head(number).parent for number in range(1, 5)] == [p - 1 for p in parents if p]
+        assert len(set(parents)) < 4
+
+
+def test_only_exact_saves_change_their_tier(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.tsc"
+    shutil.copy(made["balanced"], path)
+    before = path.read_bytes()
+    assert main(["compact", str(path), "--tier", "archive", "--book", str(BOOK)]) == 2
+    assert "snapshot 0 is of tier balanced; only exact ones" in capsys.readouterr().err
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def compact(
     out: str | os.PathLike[str] | None = None,
     *,
     drop: Collection[int] = (),
+    tier: str | Sequence[str] | None = None,
     book: str | os.PathLike[str] | None = None,
     force: bool = False,
     wait: bool = True,
@@ -61,7 +63,8 @@ def compact(
 
     ``drop``: numbers of snapshots to leave out, negative ones counted from the last; their frames
     go, as far as no other snapshot has them. Those that are left keep their order and are numbered
-    anew. In its own place the new file takes the name once it is whole and synced; until then, and
+    anew. ``tier``: the one to put them into; all must be exact then. Otherwise none changes its
+    tier. In its own place the new file takes the name once it is whole and synced; until then, and
     if anything is raised, the old one is there unchanged. Another writer is waited for, or with
     ``wait`` False refused with `TscError`. ``progress``: raw bytes of the frames that are done.
 
@@ -82,14 +85,26 @@ def compact(
             )
         kept = _kept(archive, drop)
         target, replaces = (path, True) if out is None else (out, force)
+        if tier is not None:
+            from .recoding import recode
+
+            recode(
+                archive, kept, Path(target), tier, book=book, force=replaces, progress=progress
+            )
+            with Archive(target, book=book) as made:
+                return _report(archive, len(kept), len(made.container.blocks), made.size)
         with files.new_file(target, force=replaces) as fd:
             writer = ContainerWriter(fd)
             _Compactor(archive, writer, kept, progress).run()
             n_blocks = writer.n_blocks
             size = writer.commit()
-        return CompactReport(
-            len(archive), len(kept), len(archive.container.blocks), n_blocks, archive.size, size
-        )
+        return _report(archive, len(kept), n_blocks, size)
+
+
+def _report(archive: Archive, n_snapshots: int, n_blocks: int, size: int) -> CompactReport:
+    return CompactReport(
+        len(archive), n_snapshots, len(archive.container.blocks), n_blocks, archive.size, size
+    )
 
 
 def _kept(archive: Archive, drop: Collection[int]) -> list[int]:
