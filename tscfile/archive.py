@@ -55,7 +55,7 @@ Rows = NDArray[np.uint8]
 _CACHED_RECORDS = 32 << 20
 """Bytes of snapshot records that are kept once they are read."""
 
-_CACHED_TOKENS = 8 << 20
+_CACHED_TOKENS = 2 << 20
 
 _CACHED_SOURCES = 16 << 20
 
@@ -108,6 +108,7 @@ class Archive:
         self._record_bytes: dict[int, int] = {}
         # By snapshot and context, 0 for its own tokens.
         self._tokens: dict[tuple[int, int], NDArray[np.int32]] = {}
+        self._n_tokens = 0
         self._source_rows: dict[int, list[Rows]] = {}
         self._max_cells = sum(block.n_frames for block in self._container.blocks)
         # Decoding a chunk takes a few times its size, on every core.
@@ -235,8 +236,9 @@ class Archive:
             if key not in self._tokens:
                 is_first = key == chain[0]
                 self._tokens[key] = self._decode_ids(key, found, coding if is_first else None)
-                while len(self._tokens) > 2 and _size(self._tokens) > _CACHED_TOKENS:
-                    del self._tokens[next(iter(self._tokens))]
+                self._n_tokens += len(self._tokens[key])
+                while len(self._tokens) > 2 and self._n_tokens > _CACHED_TOKENS:
+                    self._n_tokens -= len(self._tokens.pop(next(iter(self._tokens))))
             found = self._tokens[key]
         return found
 
@@ -661,10 +663,6 @@ class Archive:
 
 def _total(rows: Sequence[Rows]) -> int:
     return sum(part.nbytes for part in rows)
-
-
-def _size(arrays: dict[tuple[int, int], NDArray[np.int32]]) -> int:
-    return sum(each.nbytes for each in arrays.values())
 
 
 def _as_values(rows: Rows, tensor: TensorSpec) -> NDArray[Any]:

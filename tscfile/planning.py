@@ -104,18 +104,16 @@ def plan(
 
 def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None, int]:
     """The snapshot with the most leading tokens in common, the newest of equals, and how many."""
-    best: tuple[int | None, int] = (None, -1)
-    common: list[int] = []
-    for number in range(len(archive)):
-        head = archive.head(number)
-        n_common = 0 if head.parent is None else min(common[head.parent], head.ids.kept)
-        if n_common == head.ids.kept:
-            # Only here do its own tokens matter; few are decoded in a file of many branches.
-            n_common += common_prefix(archive.tokens(number)[n_common:], ids[n_common:])
-        common.append(n_common)
-        if n_common >= best[1]:
-            best = (number, n_common)
-    return best[0], max(best[1], 0)
+    best: int | None = None
+    most = 0
+    for number in reversed(range(len(archive))):
+        # Tokens are decoded only where they can tell: in a file of one line those of the newest.
+        if best is not None and len(archive.head(number).ids) <= most:
+            continue
+        n_common = common_prefix(archive.tokens(number), ids)
+        if best is None or n_common > most:
+            best, most = number, n_common
+    return best, most
 
 
 class _Planner:
