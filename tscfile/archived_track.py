@@ -15,7 +15,7 @@ from .bytestream import ByteReader
 from .container.records import BlockEntry, ChunkEntry, ChunkHeader, FrameRun
 from .container.snapshots import SnapshotRecord, TrackRecord, common_prefix
 from .context import FrameContext
-from .errors import DamagedError, UsageError
+from .errors import DamagedError, UnsupportedError, UsageError
 from .model import NOT_STORED, CellTable, TensorSpec
 
 if TYPE_CHECKING:
@@ -160,6 +160,8 @@ class ArchivedTrack:
         entry = self._archive.container.blocks[number]
         for each in entry.chunks[: chunk.quality_layer + 1]:
             where, payload = self._whole_payload(number, each)
+            if each.codec not in registry.CODEC_NAMES:
+                raise UnsupportedError(f"{where}: codec {each.codec} is not known to this build")
             payloads.append(payload)
         if chunk.codec == registry.PRODUCT:
             self.product_codec(payloads[0], where).check(self.tensors, where)
