@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, pipeline, registry, tokens
-from .archived_track import ArchivedTrack, is_absent
+from .archived_track import ArchivedTrack, is_absent, is_exact
 from .bytestream import Allowance, ByteReader
 from .container.reader import Container
 from .container.records import (
@@ -582,9 +582,11 @@ class Archive:
     def _check_context(
         self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
     ) -> None:
-        self.block(run)
+        absent = is_absent(self.block(run))
         if run.context > len(record.head.contexts):
             raise DamagedError(f"{where}: has frames of a context it lacks; damaged")
+        if run.context and absent:
+            raise DamagedError(f"{where}: has a context for frames that are not stored; damaged")
         pos = track.cells.pos[start : start + run.count].astype(np.int64) - run.shift
         if run.context and (pos != pos.astype(np.int32)).any():
             raise DamagedError(f"{where}: has frames of positions that cannot be; damaged")
@@ -596,6 +598,8 @@ class Archive:
         for number in self.with_sources(numbers):
             block = self._container.blocks[number]
             self._check_chunks(block, track, where)
+            if not all(is_exact(self.block(run)) for run in block.sources):
+                raise DamagedError(f"{where}: has a difference to frames of a lossy tier; damaged")
             if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
                 raise DamagedError(f"{where}: has frames of a book and names none; damaged")
 

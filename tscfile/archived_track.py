@@ -111,7 +111,7 @@ class ArchivedTrack:
             return product.decode(payloads[0], self.tensors, run.first, context, where)
         if chunk.codec == registry.SESSION_TRANSFORM:
             codec = self.session_codec(payloads[0], where)
-            return codec.decode(payloads[0], self.tensors, run.first, context.pos, where)
+            return codec.decode(payloads[0], self.tensors, run.first, context.key_pos, where)
         return self.codec().decode(payloads, self.tensors, run.first, context, where)
 
     def exact_rows(self, number: int, chunk: ChunkEntry) -> list[Rows]:
