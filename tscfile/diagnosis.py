@@ -147,6 +147,7 @@ class Diagnosis:
         self.records: dict[int, SnapshotRecord] = {}
         self.bad = _Hits()
         self.undecoded: set[int] = set()
+        self._n_frames = sum(entry.n_frames for entry in self.archive.container.blocks)
         # Where the book in the file is damaged, that is what there is to say.
         self._needs_books = needs_books and all(map(self._is_readable, self._books()))
         self._errors: dict[object, TscError] = {}
@@ -172,6 +173,7 @@ class Diagnosis:
             self._leads[number] = self._read_leads(number)
             try:
                 record = self.archive.record(number)
+                self._check_cells(record)
                 if not quick:
                     self._check_tokens(record)
             except TscError as error:
@@ -212,6 +214,15 @@ class Diagnosis:
         except DamagedError:
             return set()
         return {other for other in (head.parent, head.dictionary) if other is not None}
+
+    def _check_cells(self, record: SnapshotRecord) -> None:
+        if self.recovery.is_rebuilt:
+            # Runs may speak of blocks that are not known.
+            return
+        if any(len(track.cells) > self._n_frames for track in record.tracks):
+            raise DamagedError(
+                f"{self._where(record)}: a track of more cells than the file has frames; damaged"
+            )
 
     def _check_tokens(self, record: SnapshotRecord) -> None:
         """Tokens can be had, and frames that are not stored have all that they are made from."""

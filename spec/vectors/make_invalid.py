@@ -591,7 +591,8 @@ RULES = (
     Rule("critical-extra", NEWER, "a critical record of type 99",
          {"extras": lambda draft: draft.extra(99, b"new", CRITICAL)}, UNSUPPORTED,
          info=5, verify=5),
-    Rule("codec", "an unknown codec id (only where such a chunk is needed)", "a chunk of codec 99",
+    Rule("codec", "an unknown codec id (only where such a chunk is needed: not below an exact "
+         "layer that is read)", "a chunk of codec 99",
          {"chunks": of_header(codec=99)}, UNSUPPORTED, info=0, verify=5),
     Rule("book-version", BOOKS, "the book inside is of version 3",
          with_book(next_version(small_book())), UNSUPPORTED, info=0, verify=5),
