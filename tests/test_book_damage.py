@@ -28,6 +28,7 @@ from tscfile.container.records import (
     RecordRef,
     checksum,
 )
+from tscfile.container.snapshots import SnapshotHead
 from tscfile.container.writer import ContainerWriter, EncodedChunk
 from tscfile.context import FrameContext
 from tscfile.entropy import zstd
@@ -292,11 +293,7 @@ def structured(tmp_path: Path, old: bytes, new: bytes) -> Path:
             writer.add_block(block.n_frames, block.content_id, block.logical_id, [chunk])
         reader = ByteReader(container.read(container.snapshots[0], SNAPSHOT), "snapshot")
         head = ByteWriter()
-        for _ in range(4):
-            head.uvarint(reader.uvarint())
-        head.u8(reader.u8())
-        ids = bytes(reader.take(reader.uvarint()))
-        head.uvarint(len(ids)).raw(ids)
+        SnapshotHead.read(reader).write(head)
         length = reader.uvarint()
         packed = bytes(reader.take(reader.remaining))
         structure = zstd.decompress(packed, length, "structure", dictionary_of(b""))
