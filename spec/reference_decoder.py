@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import struct
 import sys
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -31,7 +33,9 @@ import zstandard
 from blake3 import blake3
 
 CHUNK, OPAQUE, SNAPSHOT, INDEX, BASIS, BOOK, CODEBOOKS = range(1, 8)
-RAW, FIELDS, BOOK_TRANSFORM, SESSION_TRANSFORM, REFINEMENT, BOOK_EXACT, PRODUCT = range(7)
+RAW, FIELDS, BOOK_TRANSFORM, SESSION_TRANSFORM = range(4)
+REFINEMENT, BOOK_EXACT, PRODUCT, DIFFERENCE = range(4, 8)
+EXACT = (RAW, FIELDS, BOOK_EXACT, DIFFERENCE)
 LOSSY = (BOOK_TRANSFORM, SESSION_TRANSFORM, REFINEMENT, PRODUCT)
 BLOCKS = {  # element type: (elements, bytes, has minimum, bits of a code); registry.md, fields.md
     2: (32, 18, False, 4), 3: (32, 20, True, 4), 6: (32, 22, False, 5), 7: (32, 24, True, 5),
@@ -44,6 +48,8 @@ ELEMENT_TYPES = {
 }  # fmt: skip
 MOST_RAW = 1 << 30
 MOST_LOSSY = 1 << 25
+MOST_CONTEXTS = 64
+MOST_SOURCE_CHAIN = 8
 
 
 class Rejected(Exception):
@@ -151,6 +157,22 @@ class Cursor:
     def zigzag(self):
         u = self.uvarint()
         return u >> 1 ^ -(u & 1)
+
+    def frame_runs(self, contexts=True):
+        """Section 7.3: of each run block, first, count and, where they have them, context and
+        shift."""
+        expected, runs = 0, []
+        for _ in range(self.uvarint()):
+            block = expected + self.zigzag()
+            run = [block, self.uvarint(), self.uvarint()]
+            if contexts:
+                context = self.uvarint(MOST_CONTEXTS)
+                run += [context, self.zigzag() if context else 0]
+                need(abs(run[-1]) < 1 << 32, "shift of a frame run")
+            need(block >= 0, "block number")
+            runs.append(tuple(run))
+            expected = block + 1
+        return runs
 
     def metadata(self):
         entries = self.several(lambda: (self.string(), self.value(self.u8())))
@@ -270,7 +292,9 @@ class File:
             c = Cursor(self.payload(ref, INDEX)[0])
             previous = c.ref()
             need(previous[0] < ref[0] and len(chain) < 4096, "chain of indices")
-            first_block, blocks = c.uvarint(), c.several(lambda c=c: block_entry(c))
+            first_block, blocks = c.uvarint(), []
+            for number in range(first_block, first_block + c.uvarint()):
+                blocks.append(block_entry(c, number))
             first_snapshot, snapshots = c.uvarint(), c.several(c.ref)
             extras = c.several(lambda c=c: (c.u8(), c.u8(), c.ref()))
             c.end()
@@ -295,22 +319,28 @@ class File:
     # Section 7: snapshots.
 
     def _snapshot(self, c):
-        number, parent = c.uvarint(), c.uvarint()
-        need(number == len(self.snapshots) and parent <= number, "number or parent")
-        before, dictionary = np.zeros(0, np.int32), usual_metadata()
+        number, parent, dictionary = c.uvarint(), c.uvarint(), c.uvarint()
+        need(number == len(self.snapshots), "number")
+        need(max(parent, dictionary) <= number, "parent or dictionary")
+        lists = [(0, token_fields(c))]
+        lists += c.several(lambda: (c.uvarint(), token_fields(c)), limit=MOST_CONTEXTS)
+        known = [np.zeros(0, np.int32)]  # tokens and contexts of the parent
         if parent:
-            before = self.snapshots[parent - 1]["tokens"]
-            dictionary = self.snapshots[parent - 1]["structure"][-65536:]
-        kept, n_new, coding = c.uvarint(limit=len(before)), c.uvarint(limit=2**31 - 1), c.u8()
-        ids, length = c.take(c.uvarint()), c.uvarint(limit=MOST_RAW)
-        structure = unzstd(c.rest(), length, dictionary)
+            known = [self.snapshots[parent - 1]["tokens"], *self.snapshots[parent - 1]["contexts"]]
+        for source, (kept, *_) in lists:
+            need(source < len(known) and kept <= len(known[source]), "kept tokens")
+        length, like = c.uvarint(limit=MOST_RAW), usual_metadata()
+        if dictionary:
+            like = self.snapshots[dictionary - 1]["structure"][-65536:]
+        structure = unzstd(c.rest(), length, like)
         need(len(structure) == length, "length of the structure")
         out = {"number": number, "parent": parent - 1 if parent else None, "structure": structure}
         c = Cursor(structure)
         out |= {"plan": c.string(), "tier": c.string(), "name": c.string()}
         out |= {"source": c.metadata(), "identity": c.metadata(), "coding": c.metadata()}
-        new = self._new_tokens(coding, ids, n_new, before[:kept], out)
-        out["tokens"] = np.concatenate([before[:kept], new])
+        out["tokens"], *out["contexts"] = (
+            self._tokens(fields, known[source], out) for source, fields in lists
+        )
         out["tracks"] = c.several(lambda: self._track(c, out))
         opaque = c.several(lambda: self._opaque(c))
         c.end()
@@ -323,42 +353,69 @@ class File:
                 self._decode_track(track, out)
         return out
 
-    def _new_tokens(self, coding, ids, n, kept, snapshot):
-        """Section 7.8."""
+    def _tokens(self, fields, before, snapshot):
+        """Section 7.8; ``before``: what tokens are kept of."""
+        kept, n, coding, ids = fields
         need(coding <= 4, "token coding")
         if coding <= 2:
-            return decode_ints(coding, ids, n)
-        tables = self.book(snapshot).token_tables if coding == 4 else None
-        return decode_token_ids(ids, n, tables, kept.tolist())
+            new = decode_ints(coding, ids, n)
+        else:
+            tables = self.book(snapshot).token_tables if coding == 4 else None
+            new = decode_token_ids(ids, n, tables, before[:kept].tolist())
+        return np.concatenate([before[:kept], new])
 
     def _track(self, c, snapshot):
         """Sections 7.1 to 7.4: tensors are (layer, role, element type, row bytes, rotation); of a
-        run of frames block, first, count."""
+        run of frames block, first, count, context and shift."""
         out = {"cache": c.uvarint(65535), "stream": c.uvarint(65535), "attributes": c.metadata()}
         out["tensors"] = sum(c.several(lambda: tensor_run(c)), [])
-        runs = c.several(lambda: (c.uvarint(), c.uvarint(), c.uvarint()))
-        out["runs"] = runs
-        n = sum(count for _, _, count in runs)
+        runs = out["runs"] = c.frame_runs()
+        n = sum(count for _, _, count, *_ in runs)
         need(n <= sum(block["frames"] for block in self.blocks), "more cells than frames")
-        for number, first, count in runs:
-            need(number < len(self.blocks), "block number")
-            need(first + count <= self.blocks[number]["frames"], "frame run outside its block")
-            self._check_block(self.blocks[number], out["tensors"], snapshot)
+        for number, first, count, context, _ in runs:
+            self._check_run(number, first, count)
+            need(context <= len(snapshot["contexts"]), "context of a frame run")
+            need(not context or not is_absent(self.blocks[number]), "context of absent frames")
+            self._check_block(number, out["tensors"], snapshot)
         out["pos"], out["seq_counts"] = c.ints(n), c.ints(n)
+        at = 0
+        for _, _, count, context, shift in runs:
+            there = out["pos"][at : at + count].astype(np.int64) - shift
+            need(not context or (there == there.astype(np.int32)).all(), "position in a context")
+            at += count
         n_ids = int(out["seq_counts"].sum(dtype=np.int64))
         need((out["seq_counts"] >= 0).all() and n_ids <= 256 * max(n, 1), "sequences of a cell")
         out["seq_ids"] = c.ints(n_ids)
         columns = c.several(lambda: cell_column(c, out["pos"], snapshot["tokens"]), limit=16)
         return out | {"columns": columns}
 
-    def _check_block(self, block, tensors, snapshot):
-        """Of a block whose frames a track has: sections 7.3, 7.6 and 13."""
-        if is_absent(block):
-            return
-        layers_of(block, tensors)
-        codecs = {chunk["codec"] for chunk in block["chunks"]}
-        if codecs & {BOOK_TRANSFORM, REFINEMENT, BOOK_EXACT}:
-            need(isinstance(snapshot["coding"].get("book"), str), "frames of a book, none is named")
+    def _check_run(self, number, first, count):
+        need(number < len(self.blocks), "block number")
+        need(first + count <= self.blocks[number]["frames"], "frame run outside its block")
+
+    def _check_block(self, number, tensors, snapshot):
+        """Of a block whose frames a track has, and all that it is a difference to: sections 7.3,
+        7.6, 8 and 13."""
+        level, chain = {number}, 0
+        while level:
+            need(chain <= MOST_SOURCE_CHAIN, "chain of sources")
+            for block in (self.blocks[each] for each in level):
+                if not is_absent(block):
+                    layers_of(block, tensors)
+                codecs = {chunk["codec"] for chunk in block["chunks"]}
+                if codecs & {BOOK_TRANSFORM, REFINEMENT, BOOK_EXACT}:
+                    named = isinstance(snapshot["coding"].get("book"), str)
+                    need(named, "frames of a book, none is named")
+                for run in block["sources"]:
+                    self._check_source(run)
+            level = {source for each in level for source, *_ in self.blocks[each]["sources"]}
+            chain += 1
+
+    def _check_source(self, run):
+        """Section 8."""
+        self._check_run(*run)
+        chunks = self.blocks[run[0]]["chunks"]
+        need(chunks and chunks[-1]["codec"] not in LOSSY, "a source is not exact")
 
     def _opaque(self, c):
         """Sections 6 and 7.5."""
@@ -385,13 +442,18 @@ class File:
         track["absent"] = []
         track["rows"] = [np.zeros((n, tensor[3]), np.uint8) for tensor in track["tensors"]]
         at = 0
-        for number, first, count in track["runs"]:
+        for number, first, count, context, shift in track["runs"]:
             pos, span = track["pos"][at : at + count], slice(first, first + count)
             if is_absent(self.blocks[number]):
                 self._check_absent(pos, snapshot["tokens"])
                 track["absent"] += range(at, at + count)
             elif count and track["tensors"]:
-                found = self._frames(number, span, snapshot, track["tensors"], pos)
+                known, there = snapshot["tokens"], pos
+                if context:
+                    known = snapshot["contexts"][context - 1]
+                    there = (pos.astype(np.int64) - shift).astype(np.int32)
+                place = known, there, pos
+                found = self._frames(number, span, snapshot, track["tensors"], place)
                 for rows, part in zip(track["rows"], found, strict=True):
                     rows[at : at + count] = part
             at += count
@@ -402,8 +464,9 @@ class File:
         need(pos.min(initial=0) >= 0 and last < len(tokens), "tokens of absent frames")
         need(tokens[: last + 1].min(initial=0) >= 0, "tokens of absent frames")
 
-    def _frames(self, number, span, snapshot, tensors, pos):
-        """Rows of the frames ``span`` of a block, which sit at the positions ``pos``."""
+    def _frames(self, number, span, snapshot, tensors, place):
+        """Rows of the frames ``span`` of a block. ``place``: the tokens that they are decoded from,
+        their positions there, and those of their cells."""
         layers, coding = layers_of(self.blocks[number], tensors), snapshot["coding"]
         names = coding.get("layers")
         names = names if isinstance(names, list) and names else [snapshot["tier"]]
@@ -414,17 +477,17 @@ class File:
             book, pairing = self._book_and_pairing(snapshot)
             steps = step_of(held["log_steps"][span])
             vectors = held["integers"][span] * steps[:, None]
-            return book.rows(vectors, tensors, snapshot["tokens"], pos, pairing)
+            return book.rows(vectors, tensors, place, pairing)
         if codec == SESSION_TRANSFORM:
             basis = self._basis(held["basis"], coding)
-            return session_rows(held["integers"][span], held["shifts"][span], basis, tensors, pos)
+            integers, shifts = held["integers"][span], held["shifts"][span]
+            return session_rows(integers, shifts, basis, tensors, place[2])
         if codec == PRODUCT and held["codebooks"]:
             learnt = self._codebooks(held["codebooks"], coding)
-            return product_session_rows(held["frames"][span], learnt, tensors, pos)
+            return product_session_rows(held["frames"][span], learnt, tensors, place[2])
         if codec == PRODUCT:
             book, pairing = self._book_and_pairing(snapshot)
-            tokens = snapshot["tokens"]
-            return product_book_rows(held["frames"][span], book, tensors, tokens, pos, pairing)
+            return product_book_rows(held["frames"][span], book, tensors, place, pairing)
         return [rows[span] for rows in held["rows"]]
 
     def _layer(self, number, layer, snapshot, tensors):
@@ -434,13 +497,9 @@ class File:
         if key not in self._held:
             block = self.blocks[number]
             layers, held = layers_of(block, tensors), None
-            exact = layers[-1][0]["codec"] in (RAW, FIELDS, BOOK_EXACT)
             if layers[layer][0]["codec"] in LOSSY:
                 for (chunk,) in layers[: layer + 1]:
                     held = self._chunk(block, chunk, tensors, snapshot, held)
-                if not exact:
-                    whole = [self.payload(chunk["ref"], CHUNK)[0] for chunk in block["chunks"]]
-                    need(short_hash(*whole) == block["content_id"], "content id")
             else:
                 parts = [self._chunk(block, chunk, tensors, snapshot) for chunk in layers[layer]]
                 held = {"rows": [rows for part in parts for rows in part["rows"]]}
@@ -462,8 +521,10 @@ class File:
         need(said == [chunk[key] for key in keys], "chunk and index differ")
         meant = tensors[first : first + len(row_bytes)]
         need(n_frames == block["frames"], "frames of a chunk")
-        need([(type_, n) for n in row_bytes] == [t[2:4] for t in meant], "tensors of a chunk")
-        need(codec <= PRODUCT, f"codec {codec} is not known", Unsupported)
+        need(row_bytes == [tensor[3] for tensor in meant], "tensors of a chunk")
+        types = [tensor[2] for tensor in meant]
+        need(set(types[:1] if codec == DIFFERENCE else types) == {type_}, "type of a chunk")
+        need(codec <= DIFFERENCE, f"codec {codec} is not known", Unsupported)
         need(codec < BOOK_TRANSFORM or raw <= MOST_LOSSY, "raw length of a chunk")
         if codec == RAW:
             rows = [np.frombuffer(c.take(n_frames * n), np.uint8).reshape(-1, n) for n in row_bytes]
@@ -485,11 +546,15 @@ class File:
             integers, shifts = session_integers(c, n_frames, self._basis(id_, snapshot["coding"]))
             held = {"basis": id_, "shifts": shifts, "integers": integers}
         elif codec == BOOK_EXACT:
+            need(type_ in EXACT_TYPES, "element type of an exact chunk")
             book, _ = self._book_and_pairing(snapshot)
             book.check_track(tensors)
             names = [tensor[1::-1] for tensor in tensors]
             patterns = exact_rows(c, n_frames, type_, names, book.exact_tables)
             held = {"rows": [patterns[name].view(np.uint8) for name in names]}
+        elif codec == DIFFERENCE:
+            base = self._sources(block, tensors, snapshot)
+            held = {"rows": difference_rows(c, base, [tensor[1:3] for tensor in tensors])}
         else:
             (id_,) = c.fixed("Q")
             if id_:
@@ -500,6 +565,15 @@ class File:
             held = {"codebooks": id_, "frames": frames}
         c.end()
         return held
+
+    def _sources(self, block, tensors, snapshot):
+        """Rows that a block is the difference to, section 8."""
+        parts = []
+        for number, first, count in block["sources"]:
+            last = len(layers_of(self.blocks[number], tensors)) - 1
+            held = self._layer(number, last, snapshot, tensors)
+            parts.append([rows[first : first + count] for rows in held["rows"]])
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def _book_and_pairing(self, snapshot):
         """Of a snapshot with frames of its book, section 7.6; the book must be for its model."""
@@ -551,12 +625,24 @@ def same_fact(a, b):
     return same_fact(b, a) if isinstance(b, float) and isinstance(a, int) else a == b
 
 
-def block_entry(c):
+def token_fields(c):
+    """Kept tokens, new tokens, coding and bytes."""
+    kept, n, coding = c.uvarint(limit=2**31 - 1), c.uvarint(limit=2**31 - 1), c.u8()
+    return kept, n, coding, c.take(c.uvarint())
+
+
+def block_entry(c, number):
     """Section 8."""
     frames, content_id, logical_id = c.uvarint(limit=65536), c.take(16), c.take(16)
     need(frames, "a block without frames")
     chunks = c.several(lambda: chunk_entry(c))
-    return {"frames": frames, "content_id": content_id, "logical_id": logical_id, "chunks": chunks}
+    entry = {"frames": frames, "content_id": content_id, "logical_id": logical_id}
+    sources = []
+    if any(chunk["codec"] == DIFFERENCE for chunk in chunks):
+        sources = c.frame_runs(contexts=False)
+        need(all(block < number for block, *_ in sources), "a source that is not earlier")
+        need(sum(count for *_, count in sources) == frames, "number of source frames")
+    return entry | {"chunks": chunks, "sources": sources}
 
 
 def chunk_entry(c):
@@ -585,18 +671,19 @@ def layers_of(block, tensors):
             at += chunk["tensors"]
         need(at == len(tensors), "tensors of a layer")
         codecs = {chunk["codec"] for chunk in layer}
-        if max(codecs, default=0) > PRODUCT:
+        if max(codecs, default=0) > DIFFERENCE:
             pass  # of a later version, and no matter where it is not asked for
         elif codecs & set(LOSSY):
             need(len(layer) == 1, "one chunk in a lossy layer")
             refines = codecs == {REFINEMENT}
             need(refines == (n > 0), "codec of a layer")
-            newer = max(below, default=0) > PRODUCT
+            newer = max(below, default=0) > DIFFERENCE
             fits = newer or below <= {BOOK_TRANSFORM, REFINEMENT}
             need(not refines or fits, "what a layer refines")
         else:
             need(n == last, "a layer above the exact one")
-            need(codecs.isdisjoint({BOOK_EXACT}) or len(layer) == 1, "one chunk in the layer")
+            several = codecs.isdisjoint({BOOK_EXACT, DIFFERENCE})
+            need(several or len(layer) == 1, "one chunk in the layer")
         below = codecs
     return layers
 
@@ -1259,7 +1346,6 @@ def exact_rows(c, n_frames, element_type, names, tables):
 
     Frames are worked through side by side: they depend on each other only in the lanes.
     """
-    need(element_type in EXACT_TYPES, "element type of an exact chunk")
     f, l = EXACT_TYPES[element_type]  # noqa: E741
     norm = c.u8()
     need(norm <= 1, "pairing of the keys", Unsupported)
@@ -1350,11 +1436,11 @@ def sums_of_codes(frames, stages, n_columns):
     return out
 
 
-def product_book_rows(frames, book, tensors, tokens, pos, pairing):
+def product_book_rows(frames, book, tensors, place, pairing):
     """uint8 [n, row bytes] of each tensor."""
     codes = [() if isinstance(frame, bytes) else frame for frame in frames]
     vectors = sums_of_codes(codes, book.product_stages, len(book.arrays["basis"]))
-    return put_exact(book.rows(vectors, tensors, tokens, pos, pairing), frames)
+    return put_exact(book.rows(vectors, tensors, place, pairing), frames)
 
 
 def read_codebooks(payload):
@@ -1415,6 +1501,244 @@ def put_exact(rows, frames):
             for part in rows:
                 part[i] = np.frombuffer(c.take(part.shape[1]), np.uint8)
     return rows
+
+
+# --- codec 7: codecs/difference.md --------------------------------------------------------------
+
+
+FLOAT_PLACES = {1: (11, -24), 30: (8, -133), 0: (24, -149)}  # bits, log2 of the smallest number
+MIDDLE_CODES = {2: 8, 6: 16}
+TURNED_TYPES = {0, 1, 2, 3, 6, 7, 8, 30}
+
+
+def difference_rows(c, base, tensors):
+    """Rows, uint8 [n, row bytes] of each tensor. ``base``: the same; ``tensors``: (role, type)."""
+    turned = read_key_turn(c)
+    modes = []
+    while len(modes) < len(tensors):
+        count, mode = c.uvarint(), c.u8()
+        need(1 <= count <= len(tensors) - len(modes) and mode <= 2, "modes")
+        modes += count * [mode]
+    rows = [
+        turn_rows(part, type_, turned)
+        if mode < 2 and turned and is_turned(part, role, type_, turned) else part
+        for part, mode, (role, type_) in zip(base, modes, tensors, strict=True)
+    ]  # fmt: skip
+    groups = {}
+    for i, (mode, tensor) in enumerate(zip(modes, tensors, strict=True)):
+        if mode:
+            groups.setdefault((mode, tensor), []).append(i)
+    for (mode, (_, type_)), members in groups.items():
+        own = [rows[i] for i in members]
+        sizes = [part.shape[1] for part in own]
+        if mode == 2:
+            found = decode_fields(c, len(own[0]), type_, sizes)
+        else:
+            found = add_differences(c, own, type_)
+        for i, part in zip(members, found, strict=True):
+            rows[i] = part
+    return rows
+
+
+def read_key_turn(c):
+    kind = c.u8()
+    need(kind <= 2, "kind")
+    if not kind:
+        return None
+    log_mixed, head, pairs = c.u8(), c.uvarint(), c.uvarint()
+    need(log_mixed <= 16 and 1 <= head <= 65536 and 2 * pairs <= head, "turn")
+    cos, sin = c.fixed(f"{pairs}i"), c.fixed(f"{pairs}i")
+    need(all(abs(v) <= 1 << 29 for v in (*cos, *sin)), "cosine or sine")
+    if kind == 1:
+        places = [(j, j + pairs) for j in range(pairs)]
+    else:
+        places = [(2 * j, 2 * j + 1) for j in range(pairs)]
+    return 1 << log_mixed, head, list(zip(places, cos, sin, strict=True))
+
+
+def is_turned(rows, role, type_, turned):
+    if role or type_ not in TURNED_TYPES:
+        return False
+    elements, size = BLOCKS[type_][:2] if type_ in BLOCKS else (1, FLOATS[type_])
+    channels = rows.shape[1] // size * elements
+    return channels <= 1 << 20 and channels % turned[0] == channels % turned[1] == 0
+
+
+def add_differences(c, base, type_):
+    n = len(base[0])
+    split = [split_fields(part, type_) for part in base]
+    out = []
+    for number, bits in enumerate(bits for bits, _ in split[0]):
+        predicted = np.concatenate([part[number][1] for part in split], axis=1)
+        z = decode_stream(c.take(c.uvarint()), min(bits, 8), *predicted.shape).astype(np.int64)
+        far = z == 255
+        if bits > 8 and far.any():
+            z[far] = decode_stream(c.take(c.uvarint()), bits, int(far.sum()), 1)[:, 0]
+        d = np.where(z % 2 == 0, z // 2, -(z // 2) - 1)
+        half, whole = 1 << (bits - 1), 1 << bits
+        if type_ in BLOCKS or type_ not in FLOATS:
+            value = (predicted + d) % whole
+        else:
+            rank = np.where(predicted < half, predicted + half, whole - 1 - predicted)
+            rank = (rank + d) % whole
+            value = np.where(rank >= half, rank - half, whole - 1 - rank)
+        widths = [part[number][1].shape[1] for part in split]
+        out.append(np.split(value, np.cumsum(widths)[:-1], axis=1))
+    if type_ in BLOCKS:
+        return [join_blocks(part, n, BLOCKS[type_][3]) for part in zip(*out, strict=True)]
+    kind = f"<u{FLOATS.get(type_, 1)}"
+    return [part.astype(kind).view(np.uint8).reshape(n, -1) for part in out[0]]
+
+
+def split_fields(rows, type_):
+    """Pairs of bits and int64 [n, columns]; codecs/fields.md."""
+    n = len(rows)
+    if type_ not in BLOCKS:
+        size = FLOATS.get(type_, 1)
+        return [(8 * size, np.ascontiguousarray(rows).view(f"<u{size}").astype(np.int64))]
+    _, size, has_minimum, bits = BLOCKS[type_]
+    blocks = np.ascontiguousarray(rows).reshape(n, -1, size)
+    halves = 1 + has_minimum
+    out = [
+        (16, np.ascontiguousarray(blocks[:, :, 2 * i : 2 * i + 2]).view("<u2")[:, :, 0].astype(int))
+        for i in range(halves)
+    ]
+    codes = blocks[:, :, 2 * halves :]
+    if bits < 8:
+        low = codes[:, :, -16:]
+        wide = np.concatenate([low & 15, low >> 4], axis=2)
+        if bits == 5:
+            wide = wide + 16 * np.unpackbits(codes[:, :, :4], axis=2, bitorder="little")
+        codes = wide
+    return [*out, (bits, codes.reshape(n, -1).astype(np.int64))]
+
+
+def turn_rows(rows, type_, turned):
+    mixed, head, pairs = turned
+    out = []
+    for row in rows:
+        values = mix(read_values(row, type_), mixed)
+        values = [nearest_float(v, 0) for v in values]
+        for first in range(0, len(values), head):
+            for (i, j), c, s in pairs:
+                x, y = values[first + i], values[first + j]
+                values[first + i] = sum_of((x, c), (y, s), minus=True)
+                values[first + j] = sum_of((x, s), (y, c))
+        values = [v / mixed for v in mix(values, mixed)]
+        out.append(store_blocks(values, row, type_) if type_ in BLOCKS else
+                   store_floats(values, row, type_))  # fmt: skip
+    return np.array(out, np.uint8).reshape(rows.shape)
+
+
+def sum_of(p, q, minus=False):
+    """The sum of two products, given as pairs of a number and an integer, in units of 2^-28."""
+    if not all(math.isfinite(x) for x, _ in (p, q)):
+        return math.nan
+    sign = -1 if minus else 1
+    exact = Fraction(p[0]) * p[1] + sign * Fraction(q[0]) * q[1]
+    if exact:
+        return math.ldexp(float(exact), -28)
+    # Fractions have no sign of zero.
+    return p[0] * p[1] - q[0] * q[1] if minus else p[0] * p[1] + q[0] * q[1]
+
+
+def mix(values, block):
+    apart = 1
+    while apart < block:
+        for i in range(len(values)):
+            if i % (2 * apart) < apart:
+                x, y = values[i], values[i + apart]
+                values[i], values[i + apart] = x + y, x - y
+        apart *= 2
+    return values
+
+
+def read_values(row, type_):
+    if type_ not in BLOCKS:
+        data = bytes(row)
+        if type_ == 30:
+            data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
+        return [float(v) for (v,) in struct.iter_unpack("<e" if type_ == 1 else "<f", data)]
+    parts = split_fields(row[None], type_)
+    codes, scales = parts[-1][1][0], parts[0][1][0]
+    lows = parts[1][1][0] if len(parts) > 2 else None
+    out = []
+    for i, code in enumerate(codes.tolist()):
+        q = code - MIDDLE_CODES.get(type_, 0) if type_ != 8 else code - 256 * (code > 127)
+        low = half_float(lows[i // 32]) if lows is not None else 0.0
+        value = half_float(scales[i // 32]) * q
+        out.append(value + low if lows is not None else value)
+    return out
+
+
+def half_float(pattern):
+    return struct.unpack("<e", struct.pack("<H", int(pattern)))[0]
+
+
+def nearest_float(value, type_):
+    """The nearest number of a float type, ties to even, as a float; infinite beyond its range."""
+    if not math.isfinite(value) or not value:
+        return value
+    bits, smallest = FLOAT_PLACES[type_]
+    place = max(math.frexp(value)[1] - bits, smallest)
+    rounded = math.copysign(math.ldexp(round(math.ldexp(value, -place)), place), value)
+    most = {1: 65504.0, 30: math.ldexp(255, 120), 0: math.ldexp((1 << 24) - 1, 104)}[type_]
+    return rounded if abs(rounded) <= most else math.copysign(math.inf, value)
+
+
+def store_floats(values, row, type_):
+    size, out = FLOATS[type_], b""
+    for i, value in enumerate(values):
+        rounded = nearest_float(value, type_)
+        if not math.isfinite(rounded):
+            out += bytes(row[size * i : size * i + size])
+        elif type_ == 30:
+            out += struct.pack("<f", rounded)[2:]
+        else:
+            out += struct.pack("<e" if type_ == 1 else "<f", rounded)
+    return list(out)
+
+
+def store_blocks(values, row, type_):
+    _, size, has_minimum, bits = BLOCKS[type_]
+    out = b""
+    for n in range(len(values) // 32):
+        with np.errstate(all="ignore"):
+            block = store_block(np.array(values[32 * n : 32 * n + 32]).astype(np.float32), type_)
+        if block is None:
+            out += bytes(row[size * n : size * n + size])
+            continue
+        halves, codes = block
+        parts = [np.array([[h]]) for h in halves] + [np.array([codes])]
+        out += join_blocks(parts, 1, bits).tobytes()
+    return list(out)
+
+
+def store_block(v, type_):
+    """Patterns of the halves and the codes; None where the block of the base row is taken."""
+    one = np.float32
+    if not all(np.isfinite(v)):
+        return None
+    low = one(0)
+    if type_ == 8:
+        scale = max(abs(x) for x in v) / one(127)
+    elif type_ in MIDDLE_CODES:
+        scale = max(v, key=abs) / one(-MIDDLE_CODES[type_])
+    else:
+        low = min(v) + one(0)
+        scale = (max(v) + one(0) - low) / one(15 if type_ == 3 else 31)
+    inverse = one(1) / scale if scale else one(0)
+    halves = [scale.astype("<f2")] + ([low.astype("<f2")] if type_ in (3, 7) else [])
+    if not np.isfinite(halves).all():
+        return None
+    p = [(x - low) * inverse for x in v]
+    most = 15 if type_ in (2, 3) else 31
+    if type_ == 8:
+        codes = [max(-127, min(127, round(float(x)))) % 256 for x in p]
+    else:
+        middle = one(MIDDLE_CODES.get(type_, 0) + 0.5)
+        codes = [max(0, min(most, math.floor(x + middle))) for x in p]
+    return [int(h.view("<u2")) for h in halves], codes
 
 
 # --- book.md, and the transform of codecs/book-transform.md -------------------------------------
@@ -1594,10 +1918,12 @@ class Book:
             x[:, channels] += z[:, of_z] @ prediction + coefficients[:, of_r] @ basis
         return x
 
-    def rows(self, coefficients, tensors, tokens, pos, pairing):
-        """uint8 [n, row bytes] of each tensor, from float64 coefficients [n, R]."""
+    def rows(self, coefficients, tensors, place, pairing):
+        """uint8 [n, row bytes] of each tensor, from float64 coefficients [n, R]. ``place``: as in
+        `File._frames`."""
         self.check_track(tensors)
-        x = self.channels(self.predict(tokens, pos), coefficients)
+        tokens, there, pos = place
+        x = self.channels(self.predict(tokens, there), coefficients)
         order, rows = frame_order(tensors), [None] * len(tensors)
         inv_freq, scale = self.arrays["inv_freq"], float(np.float32(self.facts["book.rope_scale"]))
         for i, part in zip(order, np.split(x, len(order), axis=1), strict=True):
@@ -1949,6 +2275,7 @@ def describe_snapshot(snapshot):
     return {
         **{key: snapshot[key] for key in keys},
         "tokens": snapshot["tokens"].tolist(),
+        "contexts": [tokens.tolist() for tokens in snapshot["contexts"]],
         "tracks": [describe_track(track) for track in snapshot["tracks"]],
         "opaque": {name: content.hex() for name, content in snapshot["opaque"].items()},
     }  # fmt: skip

@@ -142,6 +142,6 @@ def snapshot_refs(file: Any) -> list[tuple[int, int]]:
 
 def token_coding(payload: bytes) -> int:
     cursor = decoder.Cursor(payload)
-    for _ in range(4):
+    for _ in range(5):
         cursor.uvarint()
     return int(cursor.u8())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ALL_DTYPES, ROOT, gaussian_rows
 from numpy.typing import NDArray
+from spec_decoder import decoder
 
 from tscfile import pipeline, registry
 from tscfile.bytestream import ByteReader, ByteWriter
@@ -26,10 +26,6 @@ from tscfile.transforms.block_floats import BLOCK_FLOATS
 from tscfile.transforms.rope import HALVES, NEIGHBOURS
 from tscfile.transforms.turning import FLOATS, MOST_TURN, Turn, turn_rows, write_turn
 from tscfile.turns import fit_turn, turn_of
-
-sys.path.insert(0, str(ROOT / "spec"))
-
-import reference_difference as decoder  # noqa: E402
 
 Rows = NDArray[np.uint8]
 N_CHANNELS = 128
@@ -66,7 +62,10 @@ def round_trip(
 ) -> bytes:
     body = encode(rows, base, tensors, turn)
     found = decode(ByteReader(body, "chunk"), base, tensors)
-    reference = decoder.decode(body, base, [("kv".index(t.role), t.dtype.ggml_id) for t in tensors])
+    cursor = decoder.Cursor(body)
+    named = [("kv".index(t.role), t.dtype.ggml_id) for t in tensors]
+    reference = decoder.difference_rows(cursor, base, named)
+    cursor.end()
     for part, out, other in zip(rows, found, reference, strict=True):
         assert out.dtype == np.uint8 and np.array_equal(out, part)
         assert np.array_equal(other, part)
@@ -205,7 +204,7 @@ def test_example_of_the_page() -> None:
 def decoder_turn(turn: Turn) -> object:
     writer = ByteWriter()
     write_turn(writer, turn)
-    return decoder.read_turn(decoder.Cursor(writer.bytes()))
+    return decoder.read_key_turn(decoder.Cursor(writer.bytes()))
 
 
 @pytest.mark.parametrize("name", TURNED)

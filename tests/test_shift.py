@@ -74,11 +74,12 @@ def errors(path: Path, number: int, truth: Path) -> np.ndarray:
 # --- shift ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", ("f16", "q8_0")], ids=str)
 @pytest.mark.parametrize("known", [True, False])
 def test_exact_shift(
-    kv_type: str, known: bool, tokens: list[int], identity: ModelIdentity, tmp_path: Path
-) -> None:
+    kv_type: str | tuple[str, str], known: bool, tokens: list[int], identity: ModelIdentity,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """Values are shared, keys predicted: with the model's facts, or with angles that are fitted."""
     before, after = shifted_pair(tmp_path, tokens, N_KEEP, N_DISCARD, kv_type, 8)
     path = tmp_path / "a.tsc"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, pipeline, registry
-from .archived_track import ArchivedTrack, is_absent
+from .archived_track import ArchivedTrack, is_absent, is_exact
 from .bytestream import Allowance
 from .container.reader import Container
 from .container.records import (
@@ -267,12 +267,14 @@ class Archive:
     ) -> None:  # fmt: skip
         """`DamagedError` unless a chunk is the one that index and snapshot speak of."""
         expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
+        # A difference holds tensors of all types, and names the first one's.
+        named = expected[:1] if header.codec == registry.DIFFERENCE else expected
         if (
             header.n_frames != self._container.blocks[number].n_frames
             or (header.first_tensor, header.codec) != (chunk.first_tensor, chunk.codec)
             or (header.quality_layer, header.raw_length) != (chunk.quality_layer, chunk.raw_length)
             or list(header.row_bytes) != [tensor.row_bytes for tensor in expected]
-            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in expected)
+            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in named)
         ):
             raise DamagedError(f"{where}: is not what index and snapshot say; damaged")
 
@@ -455,11 +457,14 @@ class Archive:
     def _check_context(
         self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
     ) -> None:
-        self.block(run)
-        pos = track.cells.pos[start : start + run.count].astype(np.int64) - run.shift
-        n_contexts = len(record.head.contexts)
-        if run.context > n_contexts or (run.context and (np.abs(pos) >> 31).any()):
+        absent = is_absent(self.block(run))
+        if run.context > len(record.head.contexts):
             raise DamagedError(f"{where}: has frames of a context it lacks; damaged")
+        if run.context and absent:
+            raise DamagedError(f"{where}: has a context for frames that are not stored; damaged")
+        pos = track.cells.pos[start : start + run.count].astype(np.int64) - run.shift
+        if run.context and (pos != pos.astype(np.int32)).any():
+            raise DamagedError(f"{where}: has frames of positions that cannot be; damaged")
 
     def _check_blocks(
         self, numbers: Iterable[int], track: TrackRecord, record: SnapshotRecord, where: str
@@ -468,6 +473,8 @@ class Archive:
         for number in self.with_sources(numbers):
             block = self._container.blocks[number]
             self._check_chunks(block, track, where)
+            if not all(is_exact(self.block(run)) for run in block.sources):
+                raise DamagedError(f"{where}: has a difference to frames of a lossy tier; damaged")
             if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
                 raise DamagedError(f"{where}: has frames of a book and names none; damaged")
 
@@ -487,8 +494,10 @@ class Archive:
 
     def n_sources(self, number: int) -> int:
         """How long the chain of differences is that a block is read with."""
-        sources = {run.block for run in self._container.blocks[number].sources}
-        return 1 + max(map(self.n_sources, sources)) if sources else 0
+        level, length, entries = {number}, 0, self._container.blocks
+        while level := {run.block for each in level for run in entries[each].sources}:
+            length += 1
+        return length
 
     def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
         """Each quality layer of a block must be all tensors of the track, once and in order, and
@@ -502,11 +511,16 @@ class Archive:
         for number, chunks in enumerate(by_layer):
             whole = whole and self._holds(chunks, block, track)
             codecs = {chunk.codec for chunk in chunks}
+            if not codecs <= registry.CODEC_NAMES.keys():
+                # Of a later version, and of no concern where it is not asked for.
+                continue
             if codecs & registry.LOSSY:
                 # One chunk of all tensors; what refines needs what it refines below it.
-                below = {chunk.codec for chunk in by_layer[number - 1]} if number else set()
-                refines = codecs == {registry.BOOK_REFINEMENT}
-                fits = bool(below) and below <= registry.BOOK_LOSSY if refines else not number
+                fits = not number
+                if codecs == {registry.BOOK_REFINEMENT}:
+                    below = {chunk.codec for chunk in by_layer[number - 1]}
+                    newer = not below <= registry.CODEC_NAMES.keys()
+                    fits = number > 0 and (newer or below <= registry.BOOK_LOSSY)
                 whole = whole and fits and len(chunks) == 1
             else:
                 whole = whole and number == block.n_layers - 1

@@ -15,7 +15,7 @@ from .bytestream import ByteReader
 from .container.records import BlockEntry, ChunkEntry, ChunkHeader, FrameRun
 from .container.snapshots import SnapshotRecord, TrackRecord, common_prefix
 from .context import FrameContext
-from .errors import DamagedError, UsageError
+from .errors import DamagedError, UnsupportedError, UsageError
 from .model import NOT_STORED, CellTable, TensorSpec
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ArchivedTrack:
             return product.decode(payloads[0], self.tensors, run.first, context, where)
         if chunk.codec == registry.SESSION_TRANSFORM:
             codec = self.session_codec(payloads[0], where)
-            return codec.decode(payloads[0], self.tensors, run.first, context.pos, where)
+            return codec.decode(payloads[0], self.tensors, run.first, context.key_pos, where)
         return self.codec().decode(payloads, self.tensors, run.first, context, where)
 
     def exact_rows(self, number: int, chunk: ChunkEntry) -> list[Rows]:
@@ -160,6 +160,8 @@ class ArchivedTrack:
         entry = self._archive.container.blocks[number]
         for each in entry.chunks[: chunk.quality_layer + 1]:
             where, payload = self._whole_payload(number, each)
+            if each.codec not in registry.CODEC_NAMES:
+                raise UnsupportedError(f"{where}: codec {each.codec} is not known to this build")
             payloads.append(payload)
         if chunk.codec == registry.PRODUCT:
             self.product_codec(payloads[0], where).check(self.tensors, where)

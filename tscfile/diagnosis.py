@@ -80,7 +80,8 @@ class Loss:
 class Damage:
     """``kind``: what is hit (`tscfile.container.survey.Flaw`), at ``offset``. ``block``: whose
     chunk it is. ``flipped``: the byte in which one bit was flipped, where that is all; salvage puts
-    it right. ``problem``: all of this in a line."""
+    it right. ``problem``: all of this in a line. ``exit_code``: that of `DamagedError`, or of the
+    error that keeps from decoding here what is whole for all that is known."""
 
     kind: str
     offset: int
@@ -89,6 +90,7 @@ class Damage:
     losses: list[Loss]
     flipped: int | None
     problem: str
+    exit_code: int = DamagedError.exit_code
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Diagnosis:
         self.undecoded: set[int] = set()
         # Where the book in the file is damaged, that is what there is to say.
         self._needs_books = needs_books and all(map(self._is_readable, self._books()))
-        self._messages: dict[object, str] = {}
+        self._errors: dict[object, TscError] = {}
         self._uses: dict[int, list[_Use]] = {}
         self._misfits: list[tuple[_Use, str]] = []
         self._leads: dict[int, set[int]] = {}
@@ -177,7 +179,7 @@ class Diagnosis:
                 if isinstance(error, UsageError) and self._needs_books:
                     raise
                 self.bad.snapshots.add(number)
-                self._messages[number] = str(error)
+                self._errors[number] = error
                 continue
             self.records[number] = record
             self._note_uses(record)
@@ -197,7 +199,7 @@ class Diagnosis:
         ):  # fmt: skip
             if error is not None:
                 self.bad.blocks.add(number)
-                self._messages[f"block {number}"] = error
+                self._errors[f"block {number}"] = error
             if progress:
                 progress(sum(chunk.raw_length for chunk in entry.chunks))
 
@@ -247,7 +249,7 @@ class Diagnosis:
                 self.archive.opaque_part(entry, allowance)
             except DamagedError as error:
                 self.bad.parts.add((record.number, entry.name))
-                self._messages[record.number, entry.name] = str(error)
+                self._errors[record.number, entry.name] = error
 
     def _note_uses(self, record: SnapshotRecord) -> None:
         for part in record.tracks:
@@ -263,28 +265,29 @@ class Diagnosis:
                         self._misfits.append((use, str(error)))
                 at += run.count
 
-    def _check_block(self, number: int) -> str | None:
+    def _check_block(self, number: int) -> TscError | None:
         if number in self.recovery.lost:
-            return f"{self.archive.path}: block {number}: nothing that is left tells of it; damaged"
+            where = f"{self.archive.path}: block {number}"
+            return DamagedError(f"{where}: nothing that is left tells of it; damaged")
         entry = self.archive.container.blocks[number]
         for use in self._uses.get(number, ())[:1]:
             try:
                 use.track.check_block(number)
             except DamagedError as error:
-                return str(error)
+                return error
             except TscError as error:
                 # No book, or a codec that is not known here.
                 if self._needs_books:
-                    return str(error)
+                    return error
                 return self._check_chunks(number, entry)
         return None
 
-    def _check_chunks(self, number: int, entry: BlockEntry) -> str | None:
+    def _check_chunks(self, number: int, entry: BlockEntry) -> DamagedError | None:
         try:
             for chunk in entry.chunks:
                 self.archive.chunk_payload(number, chunk)
         except DamagedError as error:
-            return str(error)
+            return error
         self.undecoded.add(number)
         return None
 
@@ -338,22 +341,23 @@ class Diagnosis:
             explained.add(hits)
             found.append(self._of_flaw(flaw, what, hits))
         for number in sorted(self.bad.snapshots - explained.snapshots):
-            found.append(self._of_check(self._messages[number], _Hits(snapshots={number})))
+            found.append(self._of_check(self._errors[number], _Hits(snapshots={number})))
         for number in sorted(self.bad.blocks - explained.blocks):
-            message = self._messages[f"block {number}"]
-            found.append(self._of_check(message, _Hits(blocks={number}), number))
+            error = self._errors[f"block {number}"]
+            found.append(self._of_check(error, _Hits(blocks={number}), number))
         for number, name in sorted(self.bad.parts - explained.parts):
             hits = _Hits(parts={(number, name)})
-            found.append(self._of_check(self._messages[number, name], hits))
+            found.append(self._of_check(self._errors[number, name], hits))
         for use, message in self._misfits:
             loss = Loss(use.snapshot, False, (use.cells,))
             found.append(Damage("frame run", 0, 0, None, [loss], None, _line(message, [loss])))
         return found
 
-    def _of_check(self, message: str, hits: _Hits, block: int | None = None) -> Damage:
+    def _of_check(self, error: TscError, hits: _Hits, block: int | None = None) -> Damage:
         losses = self._losses(hits)
         kind = "block" if block is not None else "snapshot"
-        return Damage(kind, 0, 0, block, losses, None, _line(message, losses))
+        line = _line(str(error), losses)
+        return Damage(kind, 0, 0, block, losses, None, line, error.exit_code)
 
     def _of_flaw(self, flaw: Flaw, what: str, hits: _Hits) -> Damage:
         losses = self._losses(hits)

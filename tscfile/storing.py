@@ -62,7 +62,8 @@ def store(
     ids = tokens.encode(snapshot.tokens, before, coding.token_coder)
     facts = coding.facts()
     if planned.max_delta_error is not None:
-        facts["max_delta_error"] = planned.max_delta_error
+        # Its last places differ from machine to machine.
+        facts["max_delta_error"] = round(planned.max_delta_error, 4)
     record = SnapshotRecord(
         head=SnapshotHead(writer.n_snapshots, planned.parent, dictionary, ids, contexts),
         plan=planned.name,

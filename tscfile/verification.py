@@ -16,6 +16,7 @@ from .archived_track import is_absent
 from .container.reader import Container
 from .container.survey import UNREADABLE, Survey
 from .diagnosis import Damage, Diagnosis, SnapshotState
+from .errors import DamagedError
 from .recovery import LenientArchive, Recovery, recover
 
 
@@ -24,6 +25,8 @@ class VerifyReport:
     """``problems`` is empty if the file is whole; one line each. ``damages``: the same taken apart;
     bytes behind the last whole commit are one problem. ``snapshots``: what is left of each.
     ``n_absent``: frames that are not in the file but computed again from tokens, which are there.
+    ``exit_code``: what ``tsc verify`` ends with: 0, that of `DamagedError`, or where nothing is
+    known to be damaged that of the error that keeps some of it from being decoded here.
     """
 
     path: str
@@ -35,6 +38,7 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     snapshots: list[SnapshotState] = field(default_factory=list)
+    exit_code: int = 0
 
     @property
     def whole(self) -> list[int]:
@@ -91,6 +95,11 @@ def report_of(diagnosis: Diagnosis, quick: bool = False) -> VerifyReport:
     if recovery.torn_bytes:
         report.problems.insert(0, _torn_problem(recovery, torn))
     report.snapshots = diagnosis.states()
+    codes = {each.exit_code for each in report.damages if each not in torn}
+    if len(report.problems) > len(report.damages) - len(torn):
+        codes.add(DamagedError.exit_code)
+    is_damaged = DamagedError.exit_code in codes
+    report.exit_code = DamagedError.exit_code if is_damaged else max(codes, default=0)
     return report
 
 

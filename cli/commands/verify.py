@@ -47,7 +47,8 @@ def command(
     """Check every checksum of ARCHIVE and decode every block.
 
     Says of each damage which record and block it hits, and which frames of which saves are lost
-    by it. Exit code 3 if anything is wrong.
+    by it. Exit code 3 if anything is damaged; if nothing is, but something cannot be decoded here,
+    5 for a codec that this build does not know, 4 for a book that is of another model.
 
     With --salvage: saves that are whole are copied to OUT as they are, of others the first frames
     up to the first that is damaged; single flipped bits are put right where the record is short.
@@ -65,7 +66,7 @@ def command(
         with progress("verifying", total, quiet or as_json) as advance:
             report = verify(archive, quick=quick, book=book, progress=advance)
         _tell_damages(report, quiet, as_json)
-        return DamagedError.exit_code if report.problems else 0
+        return report.exit_code
     from tscfile.salvage import salvage
 
     with (

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tscfile import blocks, tokens
+from tscfile import tokens
+from tscfile.blocks import NO_ID, opaque_id
 from tscfile.container.records import (
     CHUNK,
     CRITICAL,
@@ -28,28 +29,22 @@ from tscfile.container.records import (
     FrameRun,
     Header,
     Index,
-    OpaqueEntry,
     RecordHeader,
     RecordRef,
-    SnapshotRecord,
-    TrackRecord,
     Trailer,
     checksum,
+)
+from tscfile.container.snapshots import (
+    OpaqueEntry,
+    SnapshotHead,
+    SnapshotRecord,
+    TrackRecord,
 )
 from tscfile.container.writer import EncodedChunk
 from tscfile.entropy import zstd
 from tscfile.model import CellTable, TensorSpec
 
 Structure = Callable[[bytes], bytes]
-
-
-class EditedSnapshot(SnapshotRecord):
-    """A snapshot record whose structure is changed before it is compressed."""
-
-    edit: Structure
-
-    def structure(self, tokens: NDArray[np.int32]) -> bytes:
-        return self.edit(super().structure(tokens))
 
 
 @dataclass
@@ -83,21 +78,17 @@ class Draft:
             head.first_tensor, len(head.row_bytes), head.raw_length,
         )  # fmt: skip
 
-    def block(self, chunks: Sequence[EncodedChunk], content_id: bytes) -> int:
-        """Store a block; its number."""
+    def block(
+        self, chunks: Sequence[EncodedChunk], content_id: bytes = NO_ID,
+        sources: Sequence[FrameRun] = (),
+    ) -> int:  # fmt: skip
+        """Store a block, as a rule one whose packed rows are known; its number."""
         entries = tuple(self.chunk(chunk) for chunk in chunks)
         n_frames = chunks[0].header.n_frames
         self.blocks.append(
-            BlockEntry(
-                n_frames=n_frames, content_id=content_id, logical_id=blocks.NO_ID, chunks=entries
-            )
+            BlockEntry(n_frames, content_id, NO_ID, entries, tuple(sources))
         )
         return len(self.blocks) - 1
-
-    def lossy_block(self, chunks: Sequence[EncodedChunk]) -> int:
-        """A block without exact rows: named by its payloads."""
-        payloads = [chunk.header.write() + chunk.body for chunk in chunks]
-        return self.block(chunks, blocks.opaque_id(*payloads))
 
     def extra(self, type_: int, payload: bytes, flags: int = 0) -> int:
         """Store a record that belongs to no block; the checksum of its payload."""
@@ -106,16 +97,17 @@ class Draft:
 
     def opaque(self, name: str, content: bytes) -> OpaqueEntry:
         ref = self.record(OPAQUE, zstd.compress(content))
-        return OpaqueEntry(name, ref, len(content), blocks.opaque_id(content))
+        return OpaqueEntry(name, ref, len(content), opaque_id(content))
 
     def snapshot(
-        self, record: SnapshotRecord, ids: NDArray[np.int32], parent_structure: bytes = b"",
-        payload: Callable[[bytes], bytes] = bytes,
+        self, record: SnapshotRecord, ids: NDArray[np.int32], like: bytes = b"",
+        payload: Callable[[bytes], bytes] = bytes, edit: Structure = bytes,
     ) -> bytes:  # fmt: skip
-        """Store a snapshot of the tokens ``ids``; its structure. ``payload`` may change it."""
-        written = payload(record.write(ids, parent_structure))
-        self.snapshots.append(self.record(SNAPSHOT, written))
-        return record.structure(ids)
+        """Store a snapshot of the tokens ``ids``, whose dictionary is the structure ``like``; its
+        structure. ``edit`` may change that, ``payload`` the whole record."""
+        structure = edit(record.structure(ids))
+        self.snapshots.append(self.record(SNAPSHOT, payload(record.write(structure, like))))
+        return structure
 
     def commit(
         self, index: Callable[[Index, RecordRef], Index] = lambda index, own: index,
@@ -142,10 +134,10 @@ def raw_chunk(rows: Sequence[NDArray[np.uint8]], dtype_id: int) -> EncodedChunk:
 
 
 def track_record(
-    tensors: Sequence[TensorSpec], runs: Sequence[tuple[int, int, int]], cells: CellTable,
+    tensors: Sequence[TensorSpec], runs: Sequence[tuple[int, ...]], cells: CellTable,
     cache: int = 0,
 ) -> TrackRecord:  # fmt: skip
-    """``runs``: block, first frame and count of each."""
+    """``runs``: block, first frame and count of each, and perhaps context and shift."""
     runs_ = tuple(FrameRun(*run) for run in runs)
     return TrackRecord(cache, 0, {}, tuple(tensors), runs_, cells)
 
@@ -159,12 +151,16 @@ def plain_cells(n: int) -> CellTable:
 def snapshot_record(
     ids: NDArray[np.int32], tracks: list[TrackRecord], **facts: Any
 ) -> SnapshotRecord:
-    """``facts``: fields of the record beside number 0 without a parent, and ``before``: the tokens
-    of the parent."""
+    """``facts``: fields of the record and of its head beside number 0 without a parent or with that
+    as dictionary, and ``before``: the tokens of the parent."""
     before = facts.pop("before", ids[:0])
+    parent = facts.pop("parent", None)
+    head = SnapshotHead(
+        facts.pop("number", 0), parent, facts.pop("dictionary", parent),
+        facts.pop("ids", None) or tokens.encode(ids, before, None), facts.pop("contexts", ()),
+    )  # fmt: skip
     usual: dict[str, Any] = {
-        "number": 0, "parent": None, "plan": "keyframe", "tier": "lossless", "name": "",
-        "source": {"format": "example"}, "identity": {"architecture": "toy"}, "coding": {},
-        "ids": tokens.encode(ids, before, None),
+        "plan": "keyframe", "tier": "lossless", "name": "", "source": {"format": "example"},
+        "identity": {"architecture": "toy"}, "coding": {},
     }  # fmt: skip
-    return SnapshotRecord(**(usual | {"tracks": tracks} | facts))
+    return SnapshotRecord(head, **(usual | {"tracks": tracks} | facts))

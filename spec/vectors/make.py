@@ -38,6 +38,7 @@ from tscfile.session_basis import Basis, Group, KeyTurn
 SPEC = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import make_moved as moved  # noqa: E402
 from draft import Draft, plain_cells, snapshot_record, track_record  # noqa: E402
 from make_invalid import make_invalid, small  # noqa: E402
 from toy import (  # noqa: E402
@@ -174,7 +175,7 @@ def make_session(folder: Path) -> None:
     values = np.zeros((6, 19), np.int32)
     values[:, 0], values[:, 1], values[:, 2] = [3, -2, 0, 1, 40, -7], [1, 0, 0, -1, 2, 0], 1
     values[:, 4], values[:, 17] = [0, 0, 1, 0, 0, -1], [900, -20000, 5, 0, 31, 77]
-    block = draft.lossy_block([session_chunk(first, values, 3, [(4, 0), (2, 4)])])
+    block = draft.block([session_chunk(first, values, 3, [(4, 0), (2, 4)])])
     ids, names = as_ids(TOKENS), [f"{first.id:016x}"]
     tensors, coding = tensors_of(2), {"bases": names, "keys": "turned back to position 0",
                                       "tolerance": 0.08, "scales": [1.0, 2.0]}  # fmt: skip
@@ -187,7 +188,7 @@ def make_session(folder: Path) -> None:
     more.id = draft.extra(BASIS, more.write(first))
     values = np.zeros((4, 20), np.int32)
     values[:, 0], values[:, 2], values[:, 7] = [1, 2, 3, 4], [-9, 0, 6, 1], [0, 0, 0, 2]
-    later = draft.lossy_block([session_chunk(more, values, 6, [(4, 0)])])
+    later = draft.block([session_chunk(more, values, 6, [(4, 0)])])
     longer, coding = as_ids(TOKENS + MORE[:4]), coding | {"bases": [*names, f"{more.id:016x}"]}
     track = track_record(tensors, [(block, 0, 6), (later, 0, 4)], plain_cells(10))
     record = snapshot_record(
@@ -286,7 +287,7 @@ def product_chunk(codebooks: int, frames: Sequence[bytes | NDArray[np.float16]])
 
 def one_product_save(draft: Draft, chunk: EncodedChunk, coding: dict[str, Any]) -> Draft:
     ids = as_ids(TOKENS)
-    track = track_record(tensors_of(2), [(draft.lossy_block([chunk]), 0, 6)], plain_cells(6))
+    track = track_record(tensors_of(2), [(draft.block([chunk]), 0, 6)], plain_cells(6))
     draft.snapshot(snapshot_record(ids, [track], tier="custom", name="codes", coding=coding), ids)
     return draft
 
@@ -317,9 +318,21 @@ def write_json(path: Path, book: Path | None = None, layers: Sequence[str] = ())
     path.with_suffix(".json").write_text(decoder.as_json(content), encoding="utf-8")
 
 
+# --- moved and patched frames -----------------------------------------------------------------
+
+
+def make_moved(folder: Path) -> None:
+    moved.make_moved(folder / "moved.tsc")
+    write_json(folder / "moved.tsc")
+
+
+def make_difference(folder: Path) -> None:
+    finish(moved.make_difference(), folder / "difference.tsc")
+
+
 VALID = (
     make_smallest, make_small, make_lossy, make_embedded, make_layered, make_tokens, make_exact,
-    make_session, make_product, make_codebooks,
+    make_session, make_product, make_codebooks, make_moved, make_difference,
 )  # fmt: skip
 
 

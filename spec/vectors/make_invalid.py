@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from draft import Draft, EditedSnapshot, plain_cells, raw_chunk, snapshot_record, track_record
-from toy import as_ids, small_book, tensors_of
+from draft import Draft, plain_cells, raw_chunk, snapshot_record, track_record
+from toy import as_ids, exact_book, small_book, tensors_of
 
 from tscfile import blocks, registry, tokens
 from tscfile.books.book import MAGIC, Book
@@ -28,14 +28,13 @@ from tscfile.container.records import (
     CODEBOOKS,
     CRITICAL,
     BlockEntry,
+    FrameRun,
     Header,
     Index,
     RecordRef,
-    SnapshotRecord,
-    TokenIds,
-    TrackRecord,
     checksum,
 )
+from tscfile.container.snapshots import Context, SnapshotRecord, TokenIds, TrackRecord
 from tscfile.container.writer import EncodedChunk
 from tscfile.entropy import ints, widths
 from tscfile.model import CellTable
@@ -46,7 +45,12 @@ DAMAGED, UNSUPPORTED, UNDECODABLE = (
     "damaged", "unsupported", "cannot be decoded with what is given"
 )  # fmt: skip
 IDS = as_ids([2, 1])
+NO_DIFFERENCE = b"\0\2\0"
+"""Body of codec 7: no turn, two tensors that are as predicted."""
 ROWS = [np.arange(i, i + 16, dtype=np.uint8).reshape(2, 8) for i in (1, 65)]
+
+
+HEAD = ("number", "parent", "dictionary", "ids", "contexts")
 
 
 def same(value: Any) -> Any:
@@ -63,12 +67,15 @@ class Parts:
     content_id: Callable[[bytes], bytes] = same
     blocks: Callable[[list[BlockEntry]], list[BlockEntry]] = same
     extras: Callable[[Draft], Any] = same
+    before: Callable[[Draft], Any] = same
+    sources: tuple[FrameRun, ...] = ()
     cells: CellTable = field(default_factory=lambda: plain_cells(2))
-    runs: tuple[tuple[int, int, int], ...] = ((0, 0, 2),)
+    runs: tuple[tuple[int, ...], ...] = ((0, 0, 2),)
     track: Callable[[TrackRecord], list[TrackRecord]] = lambda track: [track]
     record: Callable[[SnapshotRecord], SnapshotRecord] = same
     structure: Callable[[bytes], bytes] = same
     snapshot: Callable[[bytes], bytes] = same
+    earlier: bool = False
     refs: Callable[[Draft], list[RecordRef]] = lambda draft: draft.snapshots
     index: Callable[[Index, RecordRef], Index] = lambda index, own: index
     index_payload: Callable[[bytes], bytes] = same
@@ -76,27 +83,27 @@ class Parts:
 
 
 def small(**changes: Any) -> bytes:
-    """A file of one snapshot with an opaque part and one block of raw rows, but for the changes."""
+    """A file of one snapshot with an opaque part and one block of raw rows, but for the changes.
+
+    ``before`` may add blocks in front of that block; ``earlier``: another snapshot is its parent.
+    """
     parts = Parts(**changes)
     tensors = tensors_of(parts.n_layers)
     draft = Draft(parts.header)
     parts.extras(draft)
     rows = ROWS * parts.n_layers
+    parts.before(draft)
     chunks = parts.chunks(raw_chunk(rows, 1))
-    if chunks and chunks[0].header.codec in registry.LOSSY:
-        content = blocks.opaque_id(*(chunk.header.write() + chunk.body for chunk in chunks))
-    else:
-        content = blocks.content_id(rows)
-    draft.block(chunks, parts.content_id(content))
+    draft.block(chunks, parts.content_id(blocks.content_id(rows)), parts.sources)
     draft.blocks = parts.blocks(draft.blocks)
     track = track_record(tensors, parts.runs, parts.cells)
     opaque = [draft.opaque("note", b"hello")]
-    record = parts.record(
-        snapshot_record(IDS, parts.track(track), name="small", opaque=opaque)
-    )
-    edited = EditedSnapshot(**vars(record))
-    edited.edit = parts.structure
-    draft.snapshot(edited, IDS, payload=parts.snapshot)
+    plain = snapshot_record(IDS, parts.track(track), name="small", opaque=opaque)
+    record, like = parts.record(plain), b""
+    if parts.earlier:
+        like = draft.snapshot(plain, IDS)
+        record = of_record(number=1, parent=0, dictionary=0)(record)
+    draft.snapshot(record, IDS, like, parts.snapshot, parts.structure)
     draft.snapshots = parts.refs(draft)
     draft.commit(parts.index, parts.index_payload)
     return parts.data(draft)
@@ -148,7 +155,9 @@ def of_block(**changes: Any) -> Callable[[list[BlockEntry]], list[BlockEntry]]:
 
 
 def of_record(**changes: Any) -> Callable[[SnapshotRecord], SnapshotRecord]:
-    return lambda record: replace(record, **changes)
+    """``changes`` of the record and of its head."""
+    head = {key: changes.pop(key) for key in HEAD if key in changes}
+    return lambda record: replace(record, head=replace(record.head, **head), **changes)
 
 
 def of_header(**changes: Any) -> Callable[[EncodedChunk], list[EncodedChunk]]:
@@ -231,6 +240,43 @@ def session_basis() -> Basis:
     return basis
 
 
+def exact_block(draft: Draft) -> int:
+    return draft.block([raw_chunk(ROWS, 1)], blocks.content_id(ROWS))
+
+
+def with_difference(
+    sources: tuple[tuple[int, int, int], ...] = ((0, 0, 2),),
+    before: Callable[[Draft], Any] = exact_block, number: int = 1, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Block ``number`` is the same as frames of those that ``before`` adds."""
+    return {
+        "before": before, "sources": tuple(FrameRun(*run) for run in sources),
+        "chunks": coded(registry.DIFFERENCE, NO_DIFFERENCE), "runs": ((number, 0, 2),),
+    } | changes  # fmt: skip
+
+
+def chain_of(length: int) -> dict[str, Any]:
+    """A difference to a difference, and so on."""
+
+    def before(draft: Draft) -> None:
+        exact_block(draft)
+        for number in range(length - 1):
+            chunks = coded(registry.DIFFERENCE, NO_DIFFERENCE)(raw_chunk(ROWS, 1))
+            draft.block(chunks, blocks.content_id(ROWS), (FrameRun(number, 0, 2),))
+
+    return with_difference(((length - 1, 0, 2),), before, length)
+
+
+def coded_block(codec: int, body: bytes = b"", n_layers: int = 1) -> Callable[[Draft], int]:
+    return lambda draft: draft.block(coded(codec, body)(raw_chunk(ROWS * n_layers, 1)))
+
+
+def in_context(*runs: tuple[int, int, int, int, int], n: int = 1, **changes: Any) -> dict[str, Any]:
+    """``n`` contexts of the snapshot's tokens, and frame runs that may refer to them."""
+    context = Context(0, tokens.encode(IDS, IDS[:0], None))
+    return {"runs": runs, "record": of_record(contexts=n * (context,))} | changes
+
+
 def with_basis(
     named: bool = True, stored: bool = True, damage: Callable[[bytes], bytes] = same
 ) -> dict[str, Any]:
@@ -278,7 +324,7 @@ def half_the_tensors(chunk: EncodedChunk) -> list[EncodedChunk]:
 def tables_of_token_ids_too_long(record: SnapshotRecord) -> SnapshotRecord:
     """The code of the tokens and a byte more."""
     code = tokens.adaptive().encode(IDS, IDS[:0])
-    return replace(record, ids=TokenIds(0, 2, tokens.ADAPTIVE, code + b"\0"))
+    return of_record(ids=TokenIds(0, 2, tokens.ADAPTIVE, code + b"\0"))(record)
 
 
 # --- rules ------------------------------------------------------------------------------------
@@ -309,7 +355,21 @@ METADATA = "a metadata key that occurs twice; an unknown metadata value type"
 TWICE = "two tracks of a snapshot with one (cache, stream); two opaque parts with one name"
 LAYERS = "layers of a block that are not as section 13 says"
 CHAIN = "a chain of indices that does not descend or does not number on (section 8)"
-NUMBERS = "a snapshot whose number is not its place, or whose parent is not an earlier one"
+NUMBERS = (
+    "a snapshot whose number is not its place, or whose parent or dictionary is not an earlier one"
+)
+KEPT = (
+    "tokens kept of a list that the parent does not have, or more of them than are in it; more "
+    "than 64 contexts"
+)
+CONTEXTS = (
+    "a frame run of a context that the snapshot does not have, with a shift beyond its limit, at a "
+    "position in the context that is no i32, or of an absent block"
+)
+SOURCES = (
+    "sources of a block that are not all in blocks before it, are not as many frames as it has, or "
+    "whose last layer is not exact; a chain of more than 8 blocks that are sources of each other"
+)
 CODINGS = "an unknown role, cell column coding, ints coding, token coding or plane coding"
 STRUCTURE = (
     "a structure whose content has not exactly its stated length, or whose frame states a "
@@ -321,9 +381,9 @@ TOKEN_IDS = (
 )
 RUNS = "a frame run outside its block, more cells in a track than frames in the file"
 MISSING = (
-    "a frame of codec 2 or 5 in a snapshot that names no book, one of codec 5 whose book lacks the "
-    "`exact_` arrays, one of codec 3 whose basis, or of codec 6 whose codebooks, the snapshot does "
-    "not name or the file does not have"
+    "a frame of codec 2 or 5, or the difference to one, in a snapshot that names no book, one of "
+    "codec 5 whose book lacks the `exact_` arrays, one of codec 3 whose basis, or of codec 6 whose "
+    "codebooks, the snapshot does not name or the file does not have"
 )
 NEWER = "another major version, an unknown required feature, a critical extra of unknown type"
 BOOKS = "a book of another version, an unknown pairing"
@@ -394,6 +454,27 @@ RULES = (
          {"chunks": two_layers(1, 0)}),
     Rule("refinement-of-nothing", LAYERS, "a chunk of codec 4 in layer 0",
          with_book(book_bytes(), registry.BOOK_REFINEMENT)),
+    Rule("difference-below-exact", LAYERS, "rows above a layer of codec 7", with_difference(
+        chunks=lambda chunk: [
+            *coded(registry.DIFFERENCE, NO_DIFFERENCE)(chunk),
+            EncodedChunk(replace(chunk.header, quality_layer=1), chunk.body)])),
+    Rule("difference-in-two-chunks", LAYERS, "two chunks of codec 7 in a layer", with_difference(
+        chunks=lambda chunk: [
+            EncodedChunk(replace(chunk.header, codec=7, first_tensor=i, row_bytes=(8,)), b"\0\1\0")
+            for i in range(2)])),
+    Rule("source-not-earlier", SOURCES, "a block is the difference to itself",
+         with_difference(((1, 0, 2),))),
+    Rule("sources-too-few", SOURCES, "one source frame of a block of two",
+         with_difference(((0, 0, 1),))),
+    Rule("source-outside-block", RUNS, "frames 1 and 2 of a block of two are sources",
+         with_difference(((0, 1, 2),))),
+    Rule("source-chain", SOURCES, "the difference to a difference, nine in all", chain_of(9)),
+    Rule("source-lossy", SOURCES, "the sources are of codec 2", with_book(
+        book_bytes(), before=coded_block(registry.BOOK_TRANSFORM, b"\2\x88\x13", 2),
+        chunks=coded(registry.DIFFERENCE, b"\0\4\0"), sources=(FrameRun(0, 0, 2),),
+        runs=((1, 0, 2),))),
+    Rule("source-absent", SOURCES, "the sources are not stored", with_difference(
+        before=lambda draft: draft.blocks.append(BlockEntry(2, blocks.NO_ID, blocks.NO_ID, ())))),
     Rule("chain-not-descending", CHAIN, "the index names itself as the one before",
          {"index": lambda index, own: replace(index, previous=own)}),
     Rule("chain-not-numbered", CHAIN, "the first index begins with block 1",
@@ -402,6 +483,20 @@ RULES = (
          {"record": of_record(number=1)}),
     Rule("snapshot-parent", NUMBERS, "the only snapshot is its own parent",
          {"record": of_record(parent=0)}),
+    Rule("snapshot-dictionary", NUMBERS, "the only snapshot is its own dictionary",
+         {"record": of_record(dictionary=0)}),
+    Rule("kept-tokens", KEPT, "a token is kept, and there is no parent", {
+        "record": of_record(ids=replace(tokens.encode(IDS[:1], IDS[:0], None), kept=1)),
+    }),
+    Rule("context-kept-tokens", KEPT, "a context keeps three tokens of the parent's two", {
+        "earlier": True,
+        "record": of_record(contexts=(Context(0, TokenIds(3, 0, 0, b"")),)),
+    }),
+    Rule("context-source", KEPT, "a context keeps from the parent's context 1, and it has none", {
+        "earlier": True,
+        "record": of_record(contexts=(Context(1, TokenIds(0, 0, 0, b"")),)),
+    }),
+    Rule("contexts-too-many", KEPT, "65 contexts", in_context((0, 0, 2, 0, 0), n=65)),
     Rule("role", CODINGS, "a tensor of role 2", {"structure": swap(
         b"\x00\x01\x01\x01\x08\x01", b"\x00\x01\x02\x01\x08\x01")}),
     Rule("cell-column", CODINGS, "a cell column of coding 3", {
@@ -422,7 +517,7 @@ RULES = (
     Rule("token-ids-left-over", TOKEN_IDS, "a byte follows the code of two tokens",
          {"record": tables_of_token_ids_too_long}, info=0),
     Rule("token-ids-count", TOKEN_IDS, "three tokens, two of them coded",
-         {"record": lambda record: replace(record, ids=replace(record.ids, count=3))}, info=0),
+         {"record": lambda record: of_record(ids=replace(record.ids, count=3))(record)}, info=0),
     Rule("token-ids-of-no-book", TOKEN_IDS, "token ids of coding 4 and no book named",
          {"record": of_record(ids=TokenIds(0, 2, tokens.OF_BOOK, b"\0"))}, info=0),
     Rule("token-ids-without-tables", TOKEN_IDS, "token ids of coding 4, and the book has no tables",
@@ -432,15 +527,27 @@ RULES = (
     Rule("run-outside-block", RUNS, "frames 1 and 2 of a block of two", {"runs": ((0, 1, 2),)}),
     Rule("run-of-no-block", RUNS, "frames of block 1, and there is one block",
          {"runs": ((1, 0, 2),)}),
+    Rule("run-below-zero", RUNS, "frames of block −1", {"runs": ((-1, 0, 2),)}),
+    Rule("context-not-there", CONTEXTS, "frames of context 2, and there is one",
+         in_context((0, 0, 2, 2, 0))),
+    Rule("context-shift", CONTEXTS, "a shift of 2^32", in_context((0, 0, 2, 1, 1 << 32))),
+    Rule("context-position", CONTEXTS, "a frame of position 2^31 in its context",
+         in_context((0, 0, 2, 1, -(1 << 31)))),
+    Rule("context-of-absent-frames", CONTEXTS, "a context of frames that are not stored",
+         in_context((0, 0, 2, 1, 0), blocks=absent)),
     Rule("more-cells-than-frames", RUNS, "a track of four cells in a file of two frames",
          {"runs": ((0, 0, 2), (0, 0, 2)), "cells": plain_cells(4)}),
     Rule("tensors-not-covered", "chunks of a layer that do not cover its track's tensors once and "
          "in order (section 7.3), unless the block is absent", "the values are in no chunk",
          {"chunks": half_the_tensors}),
+    Rule("source-of-other-tensors", "chunks of a layer that do not cover its track's tensors once "
+         "and in order (section 7.3), unless the block is absent",
+         "the sources of a block hold keys alone", with_difference(
+             before=lambda draft: draft.block(half_the_tensors(raw_chunk(ROWS, 1))))),
     Rule("absent-without-tokens", "frames of an absent block that lack tokens (section 7.3), where "
          "they are to be computed again", "two frames that are not stored, and one token", {
              "blocks": absent,
-             "record": lambda record: replace(record, ids=tokens.encode(IDS[:1], IDS[:0], None)),
+             "record": of_record(ids=tokens.encode(IDS[:1], IDS[:0], None)),
          }, info=0),
     Rule("chunk-and-index", "a chunk that index and snapshot do not agree with",
          "the chunk says that it has one frame", {
@@ -453,6 +560,8 @@ RULES = (
          "the chunk is of bf16, the tensors of f16", {"chunks": of_header(dtype_id=30)}, info=0),
     Rule("no-book-named", MISSING, "frames of codec 2, and no book named",
          with_book(book_bytes(), record=of_record(tier="near", coding={}))),
+    Rule("source-of-no-book", MISSING, "the difference to frames of codec 5, and no book named",
+         with_difference(before=coded_block(registry.BOOK_EXACT))),
     Rule("book-without-exact-tables", MISSING, "frames of codec 5, and the book has no tables for "
          "them", with_book(book_bytes(), registry.BOOK_EXACT), info=0),
     Rule("basis-not-named", MISSING, "frames of codec 3, and no basis named",
@@ -464,6 +573,9 @@ RULES = (
     Rule("content-id", "content that does not hash to its id, where the whole of it was decoded",
          "a bit of the block's content id is changed",
          {"content_id": lambda id_: bytes([id_[0] ^ 1]) + id_[1:]}, info=0),
+    Rule("content-id-zero", "content that does not hash to its id, where the whole of it was "
+         "decoded", "the content id of exact rows is 16 zero bytes",
+         {"content_id": lambda id_: blocks.NO_ID}, info=0),
     Rule("opaque-id", "content that does not hash to its id, where the whole of it was decoded",
          "the opaque part has another id", {
              "record": lambda record: replace(
@@ -480,7 +592,7 @@ RULES = (
          {"extras": lambda draft: draft.extra(99, b"new", CRITICAL)}, UNSUPPORTED,
          info=5, verify=5),
     Rule("codec", "an unknown codec id (only where such a chunk is needed)", "a chunk of codec 99",
-         {"chunks": of_header(codec=99)}, UNSUPPORTED, info=0),
+         {"chunks": of_header(codec=99)}, UNSUPPORTED, info=0, verify=5),
     Rule("book-version", BOOKS, "the book inside is of version 3",
          with_book(next_version(small_book())), UNSUPPORTED, info=0, verify=5),
     Rule("pairing", BOOKS, "the keys are paired by `thirds`",
@@ -497,7 +609,12 @@ RULES = (
     Rule("book-of-other-tensors", "a track of codec 2 or 5 whose tensors are not those the book is "
          "for (codecs/book-transform.md, *Checks*)",
          "a track of one layer, and a book for two", with_book(book_bytes(), n_layers=1),
-         UNDECODABLE, info=0),
+         UNDECODABLE, info=0, verify=4),
+    Rule("book-of-other-exact-tensors", "a track of codec 2 or 5 whose tensors are not those the "
+         "book is for (codecs/book-transform.md, *Checks*)",
+         "frames of codec 5, a track of one layer, and a book for two", with_book(
+             exact_book().to_bytes(), registry.BOOK_EXACT, n_layers=1),
+         UNDECODABLE, info=0, verify=4),
 )  # fmt: skip
 
 
@@ -507,7 +624,9 @@ SOUND: dict[str, dict[str, Any]] = {
     "codebooks": with_codebooks(), "a column": {"cells": with_column(plain_cells(2))},
     "facts": {"record": of_record(source={"format": "example", "fact": [True], "formaa": 1})},
     "an extra": {"extras": lambda draft: draft.extra(99, b"new")},
-    "absent frames": {"blocks": absent},
+    "absent frames": {"blocks": absent}, "a difference": with_difference(),
+    "a chain": chain_of(8), "a context": in_context((0, 0, 2, 1, 5)), "a parent": {"earlier": True},
+    "a first position": in_context((0, 0, 2, 1, 1 << 31), cells=plain_cells(2)),
 }  # fmt: skip
 """Changes that break no rule, on which the others build: what a reader rejects is not these."""
 
