@@ -366,6 +366,29 @@ def test_errors_do_not_add_up_over_a_hundred_turns(
                 assert error[0] < 1.5 * error[1]
 
 
+def test_patched_frames_of_two_types(tmp_path: Path) -> None:
+    """Keys q8_0 and values f16, as llama.cpp has them: one difference holds both."""
+    made = [make_snapshot(100, dtype=dtype, n_channels=64) for dtype in ("q8_0", "f16")]
+    [keys], [values_] = (snapshot.tracks for snapshot in made)
+    assert isinstance(keys, MemoryTrack) and isinstance(values_, MemoryTrack)
+    tensors = [*keys.tensors[:2], *values_.tensors[2:]]
+    rows = [*keys.rows[:2], *values_.rows[2:]]
+    later = [part.copy() for part in rows]
+    for part in later:
+        part[40:60, 6] ^= 1
+    path = tmp_path / "a.tsc"
+    saves = [
+        replace(made[0], tracks=[replace(keys, tensors=tensors, rows=each)])
+        for each in (rows, later)
+    ]
+    tscfile.pack(saves[0], path)
+    tscfile.append(saves[1], path)
+    assert n_of(path, 1, DIFFERENCE) == 20
+    assert not tscfile.verify(path).problems
+    with tscfile.open(path) as archive:
+        assert same_state(archive.snapshot(1), saves[1])
+
+
 # --- alignment --------------------------------------------------------------------------------
 
 

@@ -358,12 +358,14 @@ class Archive:
     ) -> None:  # fmt: skip
         """`DamagedError` unless a chunk is the one that index and snapshot speak of."""
         expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
+        # A difference holds tensors of any types; its head names that of the first one.
+        typed = expected[:1] if header.codec == registry.DIFFERENCE else expected
         if (
             header.n_frames != self._container.blocks[number].n_frames
             or (header.first_tensor, header.codec) != (chunk.first_tensor, chunk.codec)
             or (header.quality_layer, header.raw_length) != (chunk.quality_layer, chunk.raw_length)
             or list(header.row_bytes) != [tensor.row_bytes for tensor in expected]
-            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in expected)
+            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in typed)
         ):
             raise DamagedError(f"{where}: is not what index and snapshot say; damaged")
 
