@@ -250,6 +250,22 @@ def test_branches_from_before_and_after_a_shift(
     assert not tscfile.verify(path, book=BOOK).problems
 
 
+def test_no_token_is_kept(tokens: list[int], identity: ModelIdentity, tmp_path: Path) -> None:
+    """llama-server keeps none or one of them unless told otherwise; a folder of such saves is one
+    conversation."""
+    from tscfile_cli.main import main
+
+    (tmp_path / "saves").mkdir()
+    before, after = shifted_pair(tmp_path / "saves", tokens, 0, 200, "f16", 8)
+    path = tmp_path / "a.tsc"
+    options = ["--tier", "balanced", "--book", str(BOOK), "--model", str(MODEL)]
+    assert main(["pack", str(tmp_path / "saves"), "-o", str(path), *options]) == 0
+    with tscfile.open(path, book=BOOK) as archive:
+        assert [info.plan for info in explain(archive)] == ["keyframe", "shift"]
+        assert [archive.record(n).name for n in range(2)] == [before.name, after.name]
+    assert n_of(path, 1, MOVED) == N_TOKENS - 8 - 200
+
+
 def test_what_moved_cannot_be_computed_again(
     shifted_series: dict[str, Path], tmp_path: Path
 ) -> None:
