@@ -27,8 +27,9 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 SEEDS = st.integers(0, 2**32 - 1)
-from hypothesis import Phase
-PH=[Phase.generate]
+
+
+
 FACTS = (
     "architecture", "name", "n_layers", "n_heads", "n_kv_heads", "head_dim_k", "head_dim_v",
     "rope_base", "rope_dim", "rope_scaling", "rope_scaling_factor", "rope_pairing",
@@ -43,7 +44,7 @@ def examples(n: int) -> settings:
     of twenty times as many new ones."""
     scale = settings().max_examples / 100
     return settings(
-        max_examples=int(n * scale), derandomize=scale == 1, deadline=None,phases=PH,
+        max_examples=int(n * scale), derandomize=scale == 1, deadline=None,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
 

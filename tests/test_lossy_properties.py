@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import strategies as own
-from conftest import SAMPLES, SESSION, MemoryTrack
+from checks import BOOK, ROUNDING, check_bounds, check_steps, sample_identity, track_of
+from conftest import SESSION, MemoryTrack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,11 +21,10 @@ import tscfile
 from tscfile import blocks
 from tscfile.archive import Archive
 from tscfile.archived_track import ArchivedTrack
-from tscfile.book_codec import MAX_DELTA, BookCodec
+from tscfile.book_codec import MAX_DELTA
 from tscfile.container.records import FrameRun
 from tscfile.context import FrameContext
 from tscfile.dtypes import DTYPES
-from tscfile.identity import identity_from_gguf
 from tscfile.model import CellTable, ModelIdentity, Snapshot, Track
 from tscfile.product_coding import ProductOptions
 from tscfile.product_session import SessionCodes
@@ -35,15 +34,9 @@ from tscfile.session_learning import Scales
 from tscfile.sources import open_source
 from tscfile.tiers import TIERS
 
-MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
-BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
 BOOK_TIERS = ("near", "balanced", "compact", "archive")
 MOST_STEPS = 1.5
 """What rounding for rate moves a coefficient by at most; see `tscfile.book_codec.MAX_DELTA`."""
-ROUNDING = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
-"""Relative error of a value that is rounded to a type."""
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +56,6 @@ def session() -> tuple[Snapshot, list[np.ndarray]]:
     snapshot = open_source(SESSION)
     rows = snapshot.tracks[0].read(0, 400)
     return snapshot, [dequantize(part, DTYPES["f16"]) for part in rows]
-
-
-@cache
-def identity() -> ModelIdentity:
-    return identity_from_gguf(MODEL)
 
 
 def save_of(
@@ -116,13 +104,7 @@ def saves(draw: own.Draw, most: int = 40, fewest: int = 1) -> Snapshot:
     return save_of(found, pos, tokens.astype(np.int32), draw(st.sampled_from(list(ROUNDING))))
 
 
-def track_of(archive: Archive, number: int = -1, tier: str | None = None) -> ArchivedTrack:
-    [track] = archive.snapshot(number, tier).tracks
-    assert isinstance(track, ArchivedTrack)
-    return track
-
-
-def values_of(track: Track) -> Floats:
+def values_of(track: Track) -> np.ndarray:
     """Channels of all tensors, float64 ``[n, C]``."""
     rows = track.read(0, len(track.cells))
     parts = [dequantize(r, t.dtype) for r, t in zip(rows, track.tensors, strict=True)]
@@ -132,79 +114,11 @@ def values_of(track: Track) -> Floats:
 # --- books ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Coefficients:
-    """Of the frames of a run: those that a save has, those that were decoded, the step, and by how
-    much rounding to the element type may have moved the decoded ones, ``[n, R]`` or ``[n]``."""
-
-    saved: np.ndarray
-    decoded: np.ndarray
-    step: float
-    rounding: np.ndarray
-
-
-@cache
-def row_norms(codec: BookCodec) -> np.ndarray:
-    """By how much a coefficient changes at most where channels change by 1 in all, ``[R]``."""
-    counts = codec.book.facts["book.group_coefficients"]
-    unit = codec.book.analyse(np.eye(codec.book.n_channels, dtype=np.float32), counts)
-    return np.sqrt(np.square(unit, dtype=np.float64).sum(axis=0))
-
-
-def coefficients(old: ArchivedTrack, track: Track) -> list[Coefficients]:
-    """Of all frames of an archived track, whose save is ``track``."""
-    codec, found, at = old.codec(), [], 0
-    rows, decoded = (each.read(0, len(each.cells)) for each in (track, old))
-    for run in old.runs:
-        [chunk] = old.chunks(run)
-        where, payloads = old.lossy_payloads(run.block, chunk)
-        for segment in codec.read(payloads, where):
-            first = max(segment.start, run.first)
-            stop = min(segment.stop, run.first + run.count)
-            if first >= stop:
-                continue
-            cells = slice(at + first - run.first, at + stop - run.first)
-            context = old.context_in(run, old.cells.pos[cells])
-            both = [
-                codec.book.analyse(
-                    codec.residual([part[cells] for part in each], old.tensors, context),
-                    segment.counts,
-                )
-                for each in (rows, decoded)
-            ]
-            values = np.concatenate(
-                [dequantize(part[cells], t.dtype) for part, t in
-                 zip(decoded, old.tensors, strict=True)], axis=1
-            )  # fmt: skip
-            norms = row_norms(codec)[codec.book.columns(segment.counts)]
-            length = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1))
-            share = ROUNDING[old.tensors[0].dtype.name]
-            # What is below the least normal number of f16 is rounded to its step.
-            tiny = 2.0**-25 * np.sqrt(values.shape[1])
-            rounding = (share * length + tiny)[:, None] * norms
-            found.append(Coefficients(*both, segment.step, rounding))
-        at += run.count
-    return found
-
-
-def check_steps(old: ArchivedTrack, track: Track, most: float) -> None:
-    """Decoded frames are within so many steps of those of the save, in all coefficients."""
-    checked = 0
-    for each in coefficients(old, track):
-        # The analysis itself is float32.
-        slack = 2e-3 + 2 * each.rounding / each.step
-        slack = slack + 1e-5 * np.abs(each.saved) / each.step
-        apart = np.abs(each.saved - each.decoded) / each.step
-        assert (apart <= most + slack).all()
-        checked += len(apart)
-    assert checked == len(track.cells)
-
-
 @own.examples(40)
 @given(saves(), st.sampled_from(BOOK_TIERS))
 def test_a_book_keeps_to_its_steps(folder: Path, save: Snapshot, tier: str) -> None:
     path = folder / "a.tsc"
-    report = tscfile.pack(save, path, tier=tier, book=BOOK, identity=identity(), force=True)
+    report = tscfile.pack(save, path, tier=tier, book=BOOK, identity=sample_identity(), force=True)
     assert report.n_frames_new == len(save.tracks[0].cells)
     with tscfile.open(path, book=BOOK) as archive:
         check_steps(track_of(archive), save.tracks[0], MOST_STEPS)
@@ -217,7 +131,7 @@ def test_layers_keep_to_their_steps(folder: Path, save: Snapshot, tiers: set[str
     path = folder / "a.tsc"
     layers = [tier for tier in reversed(BOOK_TIERS) if tier in tiers]
     tscfile.pack(
-        save, path, tier=[*layers, "lossless"], book=BOOK, identity=identity(), force=True
+        save, path, tier=[*layers, "lossless"], book=BOOK, identity=sample_identity(), force=True
     )
     with tscfile.open(path, book=BOOK) as archive:
         for tier in layers:
@@ -256,7 +170,7 @@ def test_a_tier_without_a_book_keeps_its_tolerance(
     """Of the first frames, and of those that a later save adds to them."""
     path, track = folder / "a.tsc", save.tracks[0]
     n = len(track.cells) // 2
-    facts = identity() if known else None
+    facts = sample_identity() if known else None
     first = part_of(save, n)
     tscfile.pack(first, path, tier=tier, identity=facts, force=True)
     tscfile.append(save, path)
@@ -265,29 +179,6 @@ def test_a_tier_without_a_book_keeps_its_tolerance(
             check_tolerance(archive, 0, first.tracks[0], range(n))
         check_tolerance(archive, 1, track, range(n, len(track.cells)))
         check_bounds(track_of(archive, 1), track)
-
-
-def check_bounds(old: ArchivedTrack, track: Track, share: float = 1.0) -> None:
-    """No frame of the save is farther from the stored one than ``share`` of what its segment
-    says."""
-    at, rows = 0, track.read(0, len(track.cells))
-    for run in old.runs:
-        cells = slice(at, at + run.count)
-        [chunk] = old.chunks(run)
-        where, [payload] = old.lossy_payloads(run.block, chunk)
-        codec = old.session_codec(payload, where)
-        part = slice(run.first, run.first + run.count)
-        stored, bounds = codec.restored(payload, part, where)
-        frames = codec.basis.frames([r[cells] for r in rows], old.tensors, old.cells.pos[cells])
-        total, size = np.zeros(run.count), np.zeros(run.count)
-        for mine, theirs in zip(frames, stored, strict=True):
-            total += np.square(mine - theirs, dtype=np.float64).sum(axis=1)
-            size += np.square(mine, dtype=np.float64).sum(axis=1)
-        # Sums in float32, and a bound in float32.
-        allowed = (share + 1e-4) * bounds * codec.basis.n_channels + 1e-10 * size + 1e-6
-        assert (total <= allowed).all()
-        at += run.count
-    assert at == len(track.cells)
 
 
 # --- product quantization ---------------------------------------------------------------------
@@ -301,7 +192,7 @@ def test_product_falls_back_to_exact_frames(
     """Frames beyond the threshold are the very rows, all others are within it."""
     path, track = folder / "a.tsc", save.tracks[0]
     options = ProductOptions(200, above)
-    report = tscfile.pack(save, path, product=options, identity=identity(), force=True)
+    report = tscfile.pack(save, path, product=options, identity=sample_identity(), force=True)
     n_exact = 0
     with tscfile.open(path) as archive:
         old, at = track_of(archive), 0
@@ -362,7 +253,8 @@ def test_the_recorded_error_bounds_what_was_taken(
     book = None if tier.endswith("book") else BOOK
     n, m = sorted(data.draw(st.integers(1, len(save.tracks[0].cells))) for _ in range(2))
     first = part_of(save, n)
-    tscfile.pack(first, path, tier=tier.split()[0], book=book, identity=identity(), force=True)
+    options = {"tier": tier.split()[0], "book": book, "identity": sample_identity()}
+    tscfile.pack(first, path, force=True, **options)  # type: ignore[arg-type]
     tscfile.append(part_of(save, m), path, book=book)
     later = disturbed(save, data.draw)
     tscfile.append(later, path, book=book)

@@ -9,20 +9,18 @@ from typing import Any
 
 import pytest
 import strategies as own
-from conftest import SAMPLES, same_state, state_bytes
+from checks import BOOK, check_holds
+from conftest import same_state, state_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tscfile
 from tscfile.compaction import compact
 from tscfile.errors import MismatchError
-from tscfile.explanation import explain
 from tscfile.model import Snapshot
 from tscfile.salvage import salvage
 from tscfile.sources import open_source, write_carrier
 from tscfile.sources.llama_state import parse_state
-
-BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
 
 
 @pytest.fixture(autouse=True)
@@ -34,27 +32,6 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of files that each example overwrites."""
     return tmp_path_factory.mktemp("properties")
-
-
-def check_holds(path: Path, wanted: list[Snapshot], book: Path | None = None) -> None:
-    """The archive is whole and has these snapshots, bit for bit, in sound runs of frames."""
-    problems = tscfile.verify(path, book=book).problems
-    assert not problems
-    with tscfile.open(path, book=book) as archive:
-        assert len(archive) == len(wanted)
-        for number, snapshot in enumerate(wanted):
-            found = archive.snapshot(number)
-            assert found.exact and same_state(found, snapshot), number
-            for track in archive.record(number).tracks:
-                places = [
-                    (run.block, run.first + i) for run in track.runs for i in range(run.count)
-                ]
-                assert len(set(places)) == len(places), "a frame is used twice"
-                assert all(archive.block(run).n_frames >= run.first + run.count
-                           for run in track.runs)  # fmt: skip
-        for info, snapshot in zip(explain(archive), wanted, strict=True):
-            n_cells = sum(len(track.cells) for track in snapshot.tracks)
-            assert sum(part.n_frames for part in info.parts) == n_cells
 
 
 def append_chain(draw: st.DrawFn, first: Snapshot, path: Path, **options: Any) -> list[Snapshot]:
