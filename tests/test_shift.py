@@ -311,21 +311,21 @@ def test_patched_frames(tier: str, identity: ModelIdentity, tmp_path: Path) -> N
 
 
 def test_patched_frames_one_cell_further(tmp_path: Path) -> None:
-    """A cell was put before them: only they are differences, not the new ones behind them."""
+    """Only they are differences to the cells before, not the new ones behind them."""
     first, path = make_snapshot(20, n_channels=256), tmp_path / "a.tsc"
     longer = make_snapshot(24, n_channels=256)
     [track] = longer.tracks
     assert isinstance(track, MemoryTrack)
-    order = np.array([20, *range(20), 21, 22, 23])
+    order = np.array([19, *range(19), 20, 21, 22, 23])
     rows = [part[order] for part in track.rows]
     for part in rows:
-        part[1:21, 6] ^= 1
+        part[1:20, 6] ^= 1
     ones, pos = np.ones(24, np.int32), order.astype(np.int32)
     cells = CellTable(pos, ones, 0 * ones, np.zeros((24, 0), np.int32))
     later = replace(longer, tracks=[replace(track, cells=cells, rows=rows)])
     tscfile.pack(first, path)
     tscfile.append(later, path)
-    assert (n_of(path, 1, DIFFERENCE), n_of(path, 1, NEW)) == (20, 4)
+    assert (n_of(path, 1, KEPT), n_of(path, 1, DIFFERENCE), n_of(path, 1, NEW)) == (1, 19, 4)
     with tscfile.open(path) as archive:
         assert same_state(archive.snapshot(1), later)
 
