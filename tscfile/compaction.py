@@ -312,7 +312,7 @@ class _Compactor:
                 where, payloads = track.lossy_payloads(run.block, lossy)
                 parts.append((payloads, run.first, run.count))
             chunks = track.codec().join(parts, track.tensors, where)
-        if n_lossy == like.n_layers:
+        if n_lossy and n_lossy == like.n_layers:
             # The rows that these were made of are not known.
             return blocks.NO_ID, chunks
         rows, whole = track.read(start, stop), None
