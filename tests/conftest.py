@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from tscfile.dtypes import DTYPES, DType, opaque_dtype
 from tscfile.model import CellTable, ModelIdentity, Snapshot, TensorSpec
+from tscfile.sources.hf_layout import text_cells
+from tscfile.sources.kv_arrays import HeadsTrack
 from tscfile.sources.llama_state import state_size, write_state
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +130,37 @@ def make_snapshot(
     track = MemoryTrack(plain_cells(n_frames), specs, rows, {"v_trans": v_trans})
     facts = ModelIdentity(identity or {})
     return Snapshot(tokens, [track], source, opaque or {}, facts)
+
+
+def some_cache(dtype: str = "f16", n: int = 20, window: int = 8, seed: int = 0) -> Snapshot:
+    """Two full layers of different heads, one sliding, one that shares another's cache."""
+    rng = np.random.default_rng(seed)
+    kind, bits = DTYPES[dtype], np.uint32 if dtype == "f32" else np.uint16
+    top = 0x40000000 if dtype == "f32" else 0x4000
+
+    def track(cache: int, layers: list[int], heads: list[int], held: int, **facts: Any) -> Any:
+        arrays = [
+            rng.integers(0, top, (heads[i], held, 4 if role == "k" else 6)).astype(bits)
+            for role in "kv" for i in range(len(layers))
+        ]  # fmt: skip
+        specs = [
+            TensorSpec(i % len(layers), "k" if i < len(layers) else "v", kind,
+                       kind.row_bytes(each.shape[0] * each.shape[2]))
+            for i, each in enumerate(arrays)
+        ]  # fmt: skip
+        attributes = {"layers": layers, "n_kv_heads": heads, **facts}
+        cells = text_cells(np.arange(n - held, n))
+        return HeadsTrack(cache, 0, cells, specs, attributes, arrays)
+
+    tracks = [
+        track(0, [0, 2], [2, 3], n, kind="full"),
+        track(1, [3], [2], window - 1, kind="sliding", window=window),
+    ]
+    facts = {"architecture": "gemma2", "rope_base": 1e4, "rope_pairing": "neox", "n_heads": [4, 6]}
+    return Snapshot(
+        np.arange(n + 1, dtype=np.int32), tracks, {"format": "transformers", "n_layers": 4},
+        identity=ModelIdentity(facts),
+    )  # fmt: skip
 
 
 def state_bytes(snapshot: Snapshot) -> bytes:

@@ -1,0 +1,123 @@
+"""Fuzz a reader for some time: python tests/fuzz/run.py TARGET --seconds 60
+
+Needs atheris (``pip install 'tscfile[fuzz]'``). Inputs grow from ``corpus/TARGET`` and from what
+``seeds.py`` makes; new ones go to ``--work``, so that a second run goes on from there. Findings are
+kept in ``WORK/findings``, one file for each place where something undocumented was raised, with the
+traceback beside it; the exit code is 1 if there are any. A crash of the interpreter or a run past
+the time limit ends the run and leaves its input there too.
+
+``python tests/fuzz/run.py TARGET --minimise`` writes the smallest inputs of ``--work`` that cover
+the same to ``corpus/TARGET``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SLACK_BYTES = 64 << 20
+_PAGE = resource.getpagesize()
+
+
+def bounded(function: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """``function`` with no more new memory than twice its input and `SLACK_BYTES`."""
+
+    def run(data: bytes) -> None:
+        with open("/proc/self/statm", "rb") as file:
+            used = int(file.read().split()[0]) * _PAGE
+        limit = used + 2 * len(data) + SLACK_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        try:
+            function(data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+    return run
+
+
+def collecting(function: Callable[[bytes], None], findings: Path) -> Callable[[bytes], None]:
+    """``function`` that stores what it finds and goes on; of each place the smallest input."""
+    smallest: dict[str, int] = {}
+
+    def run(data: bytes) -> None:
+        try:
+            function(data)
+        except Exception as error:
+            place = _place(error)
+            if len(data) >= smallest.get(place, 1 << 62):
+                return
+            smallest[place] = len(data)
+            (findings / f"{place}.bin").write_bytes(data)
+            text = "".join(traceback.format_exception(error))
+            (findings / f"{place}.txt").write_text(text)
+            print(f"FOUND {place}: {len(data)} bytes", file=sys.stderr, flush=True)
+
+    return run
+
+
+def _place(error: Exception) -> str:
+    """What was raised and in which line of the project, as part of a file name."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "tscfile" in frame.filename or "kernels" in frame.filename]
+    last = (own or frames)[-1]
+    return f"{type(error).__name__}-{Path(last.filename).stem}-{last.lineno}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("target")
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--work", type=Path, help="a folder for new inputs and findings")
+    parser.add_argument("--minimise", action="store_true")
+    options = parser.parse_args()
+    if os.environ.get("MALLOC_ARENA_MAX") != "1":
+        # Each arena of the allocator reserves 64 MB of addresses, which are what is limited here.
+        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    work = options.work or Path(tempfile.mkdtemp(prefix=f"fuzz-{options.target}-"))
+    return fuzz(options.target, options.seconds, work, options.minimise)
+
+
+def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> int:
+    import atheris
+
+    with atheris.instrument_imports(include=["tscfile", "tscfile_kernels"]):
+        from mutators import MUTATORS
+        from seeds import make_seeds
+        from targets import TARGETS
+    target, corpus = TARGETS[name], HERE / "corpus" / name
+    inputs, seeds, findings = (work / part for part in ("inputs", "seeds", "findings"))
+    for made in (inputs, seeds, findings, corpus):
+        made.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(make_seeds(name)):
+        assert len(data) <= target.most, f"seed {number} of {name} has {len(data)} bytes"
+        (seeds / str(number)).write_bytes(data)
+        target.run(data)  # What is loaded or compiled once is no memory of an input.
+    arguments = [
+        sys.argv[0], f"-max_len={target.most}", f"-timeout={target.seconds}", "-rss_limit_mb=4096",
+        f"-artifact_prefix={findings}/",
+    ]  # fmt: skip
+    if minimise:
+        arguments += ["-merge=1", str(corpus), str(inputs), str(seeds)]
+    else:
+        arguments += [f"-max_total_time={seconds}", "-print_final_stats=1"]
+        arguments += [str(each) for each in (inputs, seeds, corpus)]
+    run = bounded(collecting(target.run, findings))
+    atheris.Setup(arguments, run, custom_mutator=MUTATORS.get(name))
+    # libFuzzer ends the process: what is found is reported when it does.
+    import atexit
+
+    atexit.register(lambda: print(f"{len(list(findings.glob('*.bin')))} findings in {findings}"))
+    atheris.Fuzz()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

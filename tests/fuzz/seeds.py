@@ -1,0 +1,195 @@
+"""Small whole files of every kind, from which inputs are mutated."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import make_snapshot, some_cache, state_bytes  # noqa: E402
+
+import tscfile  # noqa: E402
+from tscfile.books.book import Book  # noqa: E402
+from tscfile.model import Snapshot  # noqa: E402
+from tscfile.sources import write_carrier  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+VECTORS = ROOT / "spec" / "vectors"
+GOLDEN = ROOT / "tests" / "golden" / "llama"
+_SMALL = 7000
+
+
+def make_seeds(target: str) -> list[bytes]:
+    return list(_MAKERS[target]())
+
+
+# --- states -------------------------------------------------------------------------------------
+
+_AGES = {
+    "C": {"version": 9, "has_outputs": True},
+    "D": {"version": 9, "ext_bytes": 8},
+    "F": {"version": 10, "ext_bytes": 12},
+    "G": {"version": 11, "has_rotation": True},
+}
+
+
+def _llama() -> Iterator[bytes]:
+    containers = ("session", "sequence", "state-buffer", "sequence-buffer")
+    for container, v_trans in product(containers, (0, 1)):
+        yield state_bytes(_small(container=container, v_trans=v_trans))
+    yield state_bytes(_small(dtype="q8_0", n_channels=32))
+    for letter, facts in _AGES.items():
+        snapshot = _small()
+        track = snapshot.tracks[0]
+        n_ext = facts.get("ext_bytes", 0) // 4
+        ext = np.tile(track.cells.pos[:, None], (1, n_ext)).astype(np.int32)
+        track.cells = replace(track.cells, ext=ext)
+        if facts.get("has_rotation"):
+            track.attributes |= {"n_rot_k": 0, "n_rot_v": 64}
+        if facts.get("has_outputs"):
+            snapshot.opaque["outputs"] = struct.pack("<IIQ4sQ", 1, 7, 1, bytes(4), 0)
+        snapshot.source |= {"generation": letter, **facts}
+        yield state_bytes(snapshot)
+    cells = np.array([[i, 1, 0] for i in range(3)], "<i4").tobytes()
+    layer = struct.pack("<iQ", 1, 16) + bytes(48)
+    kv = struct.pack("<II", 1, 3) + cells + struct.pack("<II", 0, 1) + layer * 2
+    rec = struct.pack("<Iii", 1, 5, 1) + struct.pack("<i", 0) + struct.pack("<II", 0, 2)
+    rec += (struct.pack("<iQ", 0, 8) + bytes(8)) * 4
+    for parts in (rec, kv + rec, kv + kv, kv + kv + rec, kv + rec + kv, kv + kv + kv):
+        yield b"\5\0\0\0other" + parts
+        yield b"\xd8\x3c\x14\xaf\0\0\0\0" + parts
+    latent = struct.pack("<II", 1, 1) + cells[:12] + struct.pack("<IIiQ", 0, 1, 0, 1280)
+    yield b"nsgg" + struct.pack("<III", 10, 0, 9) + b"deepseek2" + latent + bytes(1280)
+    packed = struct.pack("<7i", -1, 1, 2, 5, 6, 0, 0)[:24]
+    whole = struct.pack("<II", 3, 6) + packed
+    yield b"qsgg" + whole + kv
+    appendix = b"SCKP" + struct.pack("<II16s", 1, 1, bytes(16)) + struct.pack("<Q2s", 2, b"ab") * 3
+    yield b"qsgg" + whole + kv + appendix
+    for path in sorted(GOLDEN.glob("*.kv")):
+        if path.stat().st_size < _SMALL:
+            yield path.read_bytes()
+
+
+def _small(**options: Any) -> Snapshot:
+    return make_snapshot(3, **{"n_layers": 1, "n_channels": 8, **options})
+
+
+# --- carriers -----------------------------------------------------------------------------------
+
+
+def _carried(name: str, *snapshots: Snapshot) -> Iterator[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        for number, snapshot in enumerate(snapshots):
+            path = Path(folder) / str(number)
+            write_carrier(snapshot, path, name)
+            yield path.read_bytes()
+
+
+def _caches() -> Iterator[Snapshot]:
+    for dtype in ("f16", "bf16", "f32"):
+        yield some_cache(dtype, n=5, window=3)
+
+
+def _safetensors() -> Iterator[bytes]:
+    yield from _carried("safetensors", *_caches())
+    entries = b""
+    for name, kind, shape, first, last in (
+        ("tokens", "I64", "[1]", 0, 8), ("layers.0.k", "F16", "[1,1,2]", 8, 12),
+        ("layers.0.v", "BF16", "[1,1,1,2]", 12, 16),
+    ):  # fmt: skip
+        entries += b'"%s":{"dtype":"%s","shape":%s,"data_offsets":[%d,%d]},' % (
+            name.encode(), kind.encode(), shape.encode(), first, last,
+        )  # fmt: skip
+    text = b"{" + entries[:-1] + b"}"
+    yield struct.pack("<Q", len(text)) + text + bytes(16)
+
+
+def _npz() -> Iterator[bytes]:
+    yield from _carried("npz", *_caches())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.npz"
+        rows = np.ones((1, 2, 4), np.float16)
+        arrays = {"layers.0.k": rows, "layers.0.v": rows, "tokens": np.arange(2)}
+        np.savez_compressed(path, **arrays)
+        yield path.read_bytes()
+
+
+def _gguf() -> Iterator[bytes]:
+    yield from _carried(
+        "gguf", *_caches(), _small(opaque={"appendix": b"checkpoint"}, identity={"n_heads": [2]}),
+        _small(dtype="q8_0", n_channels=32), _small(v_trans=1, container="sequence"),
+    )  # fmt: skip
+
+
+def _model() -> Iterator[bytes]:
+    import gguf
+
+    for architecture in ("llama", "other"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tiny.gguf"
+            writer = gguf.GGUFWriter(path, architecture)
+            writer.add_name("tiny")
+            writer.add_block_count(3)
+            writer.add_embedding_length(64)
+            writer.add_head_count([4, 4, 2])
+            writer.add_head_count_kv(2)
+            writer.add_rope_freq_base(5e5)
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(4.0)
+            writer.add_sliding_window(128)
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(["a", "bc", "é"])
+            writer.add_tensor("one.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+            writer.add_tensor("two.weight", np.full(5, 2, np.float16))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            yield path.read_bytes()
+
+
+# --- books and archives -------------------------------------------------------------------------
+
+
+def toy_book() -> Book:
+    """The book of the specification's vectors."""
+    spec = importlib.util.spec_from_file_location("make", VECTORS / "make.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: Book = module.toy_book()
+    return made
+
+
+def _book() -> Iterator[bytes]:
+    for path in sorted(VECTORS.glob("valid/*.tscbook")):
+        yield path.read_bytes()
+    yield toy_book().to_bytes()
+
+
+def _tsc() -> Iterator[bytes]:
+    for path in sorted(VECTORS.glob("valid/*.tsc")):
+        yield path.read_bytes()
+    options: dict[str, Any] = {"n_layers": 1, "n_channels": 8}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tsc"
+        tscfile.pack(make_snapshot(6, opaque={"appendix": b"checkpoint" * 4}, **options), path)
+        yield path.read_bytes()
+        tscfile.append(make_snapshot(9, **options), path)
+        yield path.read_bytes()
+
+
+_MAKERS = {
+    "llama": _llama, "safetensors": _safetensors, "npz": _npz, "gguf": _gguf, "model": _model,
+    "book": _book, "tsc": _tsc,
+}  # fmt: skip
