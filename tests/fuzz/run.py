@@ -88,7 +88,9 @@ def main() -> int:
 def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> int:
     import atheris
 
-    with atheris.instrument_imports(include=["tscfile", "tscfile_kernels"]):
+    sys.path.insert(0, str(HERE.parent))
+    # Not the kernels, which Numba compiles from their bytecode.
+    with atheris.instrument_imports(include=["tscfile"]):
         from mutators import MUTATORS
         from seeds import make_seeds
         from targets import TARGETS
@@ -101,7 +103,7 @@ def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> int:
         (seeds / str(number)).write_bytes(data)
         target.run(data)  # What is loaded or compiled once is no memory of an input.
     arguments = [
-        sys.argv[0], f"-max_len={target.most}", f"-timeout={target.seconds}", "-rss_limit_mb=4096",
+        sys.argv[0], f"-max_len={target.most}", f"-timeout={target.seconds}", "-rss_limit_mb=0",
         f"-artifact_prefix={findings}/",
     ]  # fmt: skip
     if minimise:

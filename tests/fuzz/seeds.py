@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conftest import make_snapshot, some_cache, state_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from conftest import make_snapshot, some_cache, state_bytes  # noqa: E402
-
-import tscfile  # noqa: E402
-from tscfile.books.book import Book  # noqa: E402
-from tscfile.model import Snapshot  # noqa: E402
-from tscfile.sources import write_carrier  # noqa: E402
+import tscfile
+from tscfile.books.book import Book
+from tscfile.model import Snapshot
+from tscfile.sources import write_carrier
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "spec" / "vectors"

@@ -43,6 +43,7 @@ SPAN_BYTES = 64 << 20
 """Rows asked of a track at once, unless 256 frames take more."""
 
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([kv])")
+_HALVES = re.compile("[\ud800-\udfff]")
 _KINDS = (FULL, SLIDING, LATENT, "")
 
 
@@ -328,12 +329,17 @@ def read_facts(values: Any, where: str) -> dict[str, Any]:
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
         kinds = {type(item) for item in items}
+        if not _fits(name):
+            raise DamagedError(f"{where}: fact {name[:40]!r} has no name that can be written")
         if len(kinds) > 1 or not kinds <= {str, int, float, bool} or not all(map(_fits, items)):
             raise DamagedError(f"{where}: fact {name[:40]!r} is no text, number or list of them")
     return values
 
 
 def _fits(value: Any) -> bool:
+    if isinstance(value, str):
+        # JSON can hold halves of characters.
+        return not _HALVES.search(value)
     if isinstance(value, int):
         return -(1 << 63) <= value < 1 << 63
     return not isinstance(value, float) or math.isfinite(value)
