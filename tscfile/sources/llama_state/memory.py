@@ -195,7 +195,8 @@ class Search:
 
     def _note(self, misfit: Misfit) -> None:
         if self.furthest is None or misfit.offset > self.furthest.offset:
-            self.furthest = misfit
+            # A copy, as the traceback of what was raised keeps all tables read so far.
+            self.furthest = type(misfit)(misfit.offset, str(misfit), misfit.truncated)
 
     def _read_layout(self, start: int, layout: Layout) -> Iterator[Memory]:
         try:
