@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -203,6 +205,24 @@ def write_large_kv(path: Path, n_layers: int, n_frames: int, n_channels: int, v_
                     file.write(part)
                     left, at = left - len(part), 0
         return file.tell()
+
+
+def rows_of(snapshot: Snapshot) -> list[bytes]:
+    return [
+        each.tobytes() for track in snapshot.tracks for each in track.read(0, len(track.cells))
+    ]
+
+
+@contextmanager
+def bounded_memory(path: Path, slack: int = 64 << 20) -> Iterator[None]:
+    """What happens inside takes no more memory than twice the file and ``slack``."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= 2 * path.stat().st_size + slack, f"{peak} bytes were allocated"
 
 
 def same_state(a: Snapshot, b: Snapshot) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mending import rewritten
 
 import tscfile
 from tscfile.archive import Archive
@@ -24,9 +25,7 @@ from tscfile.container.records import (
     SNAPSHOT,
     ChunkHeader,
     ExtraEntry,
-    RecordHeader,
     RecordRef,
-    checksum,
 )
 from tscfile.container.writer import ContainerWriter, EncodedChunk
 from tscfile.context import FrameContext
@@ -201,36 +200,6 @@ def test_a_basis_of_rows_that_depend_on_each_other(tmp_path: Path) -> None:
 
 
 # --- archives -----------------------------------------------------------------------------------
-
-
-def rewritten(source: Path, path: Path, edit: Any) -> None:
-    """The archive with the payloads of some records changed to others of their length, all
-    checksums made right again. ``edit(type, payload)``: the new payload."""
-    data = bytearray(source.read_bytes())
-    with Container(source) as container:
-        index = container.segments[-1].ref
-        places = [(SNAPSHOT, ref) for ref in container.snapshots]
-        places += [(CHUNK, chunk.ref) for block in container.blocks for chunk in block.chunks]
-        sums = {}
-        for type_, ref in places:
-            before = bytes(container.read(ref, type_))
-            payload = edit(type_, before)
-            assert len(payload) == len(before)
-            sums[checksum(before)] = _put(data, ref.offset, payload)
-        payload = bytes(data[index.offset + RecordHeader.SIZE : index.offset + index.length])
-    for before, after in sums.items():
-        payload = payload.replace(before.to_bytes(8, "little"), after.to_bytes(8, "little"))
-    _put(data, index.offset, payload)
-    path.write_bytes(data)
-
-
-def _put(data: bytearray, offset: int, payload: bytes) -> int:
-    header = RecordHeader.read(bytes(data[offset : offset + RecordHeader.SIZE]), "here")
-    found = replace(header, payload_checksum=checksum(payload))
-    data[offset : offset + RecordHeader.SIZE] = found.write()
-    start = offset + RecordHeader.SIZE + header.padding
-    data[start : start + len(payload)] = payload
-    return found.payload_checksum
 
 
 def read_all(path: Path, book: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_snapshot, same_state, write_kv
+from conftest import bounded_memory, make_snapshot, same_state, write_kv
+from mending import ids_of, packed, structure_of
 from tscfile_cli.main import main
 
 import tscfile
 from tscfile import registry
-from tscfile.bytestream import ByteReader, ByteWriter
-from tscfile.container.metadata import dictionary_of, write_metadata
+from tscfile.bytestream import ByteWriter
+from tscfile.container.metadata import write_metadata
 from tscfile.container.reader import Container
 from tscfile.container.records import (
     CHUNK,
@@ -36,7 +36,6 @@ from tscfile.container.records import (
     OpaqueEntry,
     RecordRef,
     SnapshotRecord,
-    TokenIds,
     Trailer,
     checksum,
 )
@@ -45,7 +44,6 @@ from tscfile.entropy import zstd
 from tscfile.errors import DamagedError, TscError, UnsupportedError
 from tscfile.model import Snapshot, TensorSpec
 
-SLACK_BYTES = 64 << 20
 TINY = {"n_layers": 1, "n_channels": 8, "opaque": {"appendix": b"checkpoint" * 4}}
 SAVES = (make_snapshot(6, **TINY), make_snapshot(9, **TINY))  # type: ignore[arg-type]
 
@@ -253,19 +251,13 @@ def read_all(path: Path) -> None:
 
 def outcome(path: Path) -> TscError | None:
     """The error of reading and verifying everything; memory stays within bounds."""
-    tracemalloc.start()
-    try:
+    with bounded_memory(path):
         try:
             read_all(path)
             problems = tscfile.verify(path).problems
             return DamagedError(problems[0]) if problems else None
         except TscError as error:
             return error
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            assert peak <= 2 * path.stat().st_size + SLACK_BYTES, f"{peak} bytes were allocated"
-    finally:
-        tracemalloc.stop()
 
 
 def mutations(data: bytes, n_bits: int, seed: int = 0) -> Iterator[bytes]:
@@ -614,25 +606,6 @@ def snapshot_start(source: bytes = b"\0") -> bytes:
 def no_tokens() -> bytes:
     """The start of a payload: number 0, no parent, no tokens."""
     return varints(0, 0) + varints(0, 0) + b"\0\0"
-
-
-def packed(structure: bytes) -> bytes:
-    """A structure as the payload of a snapshot without parent ends with it."""
-    frame = zstd.compress(structure, 19, dictionary_of(b""))
-    return ByteWriter().uvarint(len(structure)).raw(frame).bytes()
-
-
-def ids_of(payload: bytes) -> bytes:
-    """What stands before the structure."""
-    reader = ByteReader(payload, "test")
-    reader.uvarint(), reader.uvarint(), TokenIds.read(reader, 0)
-    return payload[: len(payload) - reader.remaining]
-
-
-def structure_of(payload: bytes) -> bytes:
-    reader = ByteReader(payload[len(ids_of(payload)) :], "test")
-    length = reader.uvarint()
-    return zstd.decompress(reader.take(reader.remaining), length, "test", dictionary_of(b""))
 
 
 def refused_metadata(forgery: Forgery, path: Path, source: bytes) -> bool:

@@ -216,8 +216,8 @@ def _facts(array: NDArray[Any] | None, where: str) -> dict[str, str]:
     if array.dtype.kind != "U" or array.size != 1:
         raise DamagedError(f"{where}: 'metadata' is no string")
     try:
-        text = str(array.reshape(()))
-    except ValueError:
+        text = array.tobytes().decode("utf-32-le").rstrip("\0")
+    except UnicodeDecodeError:
         raise DamagedError(f"{where}: 'metadata' holds what is no character; damaged") from None
     values = parse_json(text, where)
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
