@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -23,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SLACK_BYTES = 64 << 20
+_CHILD = "TSCFILE_FUZZING"
 _PAGE = resource.getpagesize()
 
 
@@ -77,15 +79,23 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="a folder for new inputs and findings")
     parser.add_argument("--minimise", action="store_true")
     options = parser.parse_args()
-    if os.environ.get("MALLOC_ARENA_MAX") != "1":
-        # Each arena of the allocator reserves 64 MB of addresses, which are what is limited here.
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     work = options.work or Path(tempfile.mkdtemp(prefix=f"fuzz-{options.target}-"))
-    return fuzz(options.target, options.seconds, work, options.minimise)
+    if _CHILD in os.environ:
+        fuzz(options.target, options.seconds, work, options.minimise)
+        return 0
+    # Each arena of the allocator reserves 64 MB of addresses, which are what is limited here.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", _CHILD: "1"}
+    arguments = [sys.executable, *sys.argv]
+    if options.work is None:
+        arguments += ["--work", str(work)]
+    code = subprocess.run(arguments, env=environment, check=False).returncode
+    found = [path for path in sorted((work / "findings").glob("*")) if path.suffix != ".txt"]
+    print(f"{len(found)} findings in {work / 'findings'}", *map(str, found), sep="\n")
+    return 1 if found or code else 0
 
 
-def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> int:
+def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> None:
+    """Does not return: libFuzzer ends the process."""
     import atheris
 
     sys.path.insert(0, str(HERE.parent))
@@ -113,12 +123,7 @@ def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> int:
         arguments += [str(each) for each in (inputs, seeds, corpus)]
     run = bounded(collecting(target.run, findings))
     atheris.Setup(arguments, run, custom_mutator=MUTATORS.get(name))
-    # libFuzzer ends the process: what is found is reported when it does.
-    import atexit
-
-    atexit.register(lambda: print(f"{len(list(findings.glob('*.bin')))} findings in {findings}"))
     atheris.Fuzz()
-    return 0
 
 
 if __name__ == "__main__":

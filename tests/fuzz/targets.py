@@ -31,10 +31,11 @@ from tscfile.errors import TscError
 from tscfile.identity import identity_from_gguf
 from tscfile.model import ModelIdentity, Snapshot
 from tscfile.sources.gguf_cache import open_gguf
+from tscfile.sources.hf_layout import as_llama_state
 from tscfile.sources.llama_state import open_state, state_size, write_state
 from tscfile.sources.llama_state.layout import CONTAINERS, SEQUENCE_BUFFER
 from tscfile.sources.npz_cache import open_npz
-from tscfile.sources.safetensors_cache import open_safetensors
+from tscfile.sources.safetensors_cache import open_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "spec" / "vectors" / "valid"
@@ -119,25 +120,28 @@ def _use_state(path: Path, data: bytes, options: dict[str, str | None]) -> None:
 
 def safetensors(data: bytes) -> None:
     with stored(data, "a.safetensors") as path:
-        attempt(lambda: use_snapshot(open_safetensors(path)))
+        attempt(lambda: _use_carried(open_safetensors(path)))
 
 
 def npz(data: bytes) -> None:
     with stored(data, "a.npz") as path:
-        attempt(lambda: use_snapshot(open_npz(path)))
+        attempt(lambda: _use_carried(open_npz(path)))
 
 
 def gguf(data: bytes) -> None:
-    """A cache in a GGUF file; one of a state must give a state."""
     with stored(data, "a.gguf") as path:
-        attempt(lambda: _use_gguf(path))
+        attempt(lambda: _use_carried(open_gguf(path)))
 
 
-def _use_gguf(path: Path) -> None:
-    snapshot = open_gguf(path)
+def _use_carried(snapshot: Snapshot) -> None:
+    """A cache in a carrier: it becomes a state and another file, where it can be one."""
     use_snapshot(snapshot)
-    if snapshot.source["format"] == "llama.cpp":
-        write_back(snapshot)
+    attempt(lambda: write_back(as_llama_state(snapshot)))
+    out = folder() / "again.safetensors"
+    if attempt(lambda: write_safetensors(snapshot, out, force=True)):
+        again = open_safetensors(out)
+        assert np.array_equal(again.tokens, snapshot.tokens)
+        use_snapshot(again)
 
 
 def model(data: bytes) -> None:
