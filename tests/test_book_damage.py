@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mending import rewritten
+from conftest import bounded_memory
+from mending import rewritten, whole_book
 
 import tscfile
 from tscfile.archive import Archive
@@ -117,6 +118,37 @@ def test_books_that_describe_more_than_they_hold() -> None:
             "log_sigmas": np.zeros(10, np.int16)}  # fmt: skip
     with pytest.raises(DamagedError, match="contradict"):
         use(changed({"book.group_coefficients": [9, 1]}, **more).to_bytes())
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["tiers", pytest.param("arrays", marks=pytest.mark.slow), "zeros", "text", "facts"],
+)
+def test_books_of_many_small_things(what: str, tmp_path: Path) -> None:
+    n, path = 300_000, tmp_path / "a.tscbook"
+    empty = ByteWriter().string("u1").uvarint(1).uvarint(0)
+    empty.uvarint(len(zstd.store(b""))).raw(zstd.store(b""))
+    zeros = ByteWriter().string("u1").uvarint(1).uvarint(50 << 20)
+    packed = zstd.compress(bytes(50 << 20), 1)
+    zeros.uvarint(len(packed)).raw(packed)
+    wide = ByteWriter().uvarint(1).string("a").u8(8).string("a" * (20 << 20) + "\U0001f600")
+    facts, tiers, arrays = {
+        "tiers": (b"\0", (n, b"".join(b"\4%04x" % i + bytes(20) for i in range(n))), (0, b"")),
+        "arrays": (b"\0", (0, b""), (n, b"".join(
+            b"\x09ids_%05x" % i + empty.bytes() for i in range(n)
+        ))),
+        "zeros": (b"\0", (0, b""), (1, b"\5ids_a" + zeros.bytes())),
+        "text": (wide.bytes(), (0, b""), (0, b"")),
+        "facts": (ByteWriter().uvarint(n).bytes() + b"".join(
+            b"\5%05x\7\1" % i for i in range(n)
+        ), (0, b""), (0, b"")),
+    }[what]  # fmt: skip
+    body = ByteWriter().uvarint(books.VERSION).raw(facts)
+    for count, content in (tiers, arrays):
+        body.uvarint(count).raw(content)
+    path.write_bytes(whole_book(body.bytes()))
+    with bounded_memory(path), pytest.raises(DamagedError, match="more than a file of its size"):
+        books.load(path)
 
 
 def test_a_book_knows_a_token() -> None:

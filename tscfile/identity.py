@@ -35,7 +35,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,13 @@ ROPE_PAIRING: dict[str, str] = {
 }
 """Which channels a rotation pairs: llama.cpp fixes it per architecture, no file says it."""
 
+_TEXTS = frozenset((
+    "architecture", "name", "rope_scaling", "rope_pairing", "tokenizer_blake3", "weights_blake3",
+))  # fmt: skip
+_COUNTS = frozenset(("n_layers", "rope_dim", "sliding_window", "vocab_size"))
+_COUNTS_OF_LAYERS = frozenset(("n_heads", "n_kv_heads", "head_dim_k", "head_dim_v"))
+_NUMBERS = frozenset(("rope_base", "rope_scaling_factor", "rope_scaling_original_context"))
+
 UNCOMPARED = frozenset({"name"})
 """Facts that may differ between two copies of one model."""
 
@@ -98,7 +105,38 @@ def identity_from_gguf(path: str | os.PathLike[str], *, weights: bool = True) ->
         facts = _model_facts(shards[0])
         if weights:
             facts["weights_blake3"] = weights_fingerprint(shards)
-    return ModelIdentity(facts)
+    # Where layers differ in what the facts have one number for, they say nothing of it.
+    return ModelIdentity({key: value for key, value in facts.items() if _is_fact(key, value)})
+
+
+def read_identity(facts: Mapping[str, Any], where: str) -> ModelIdentity:
+    """The identity that a file states; `DamagedError` for a known fact of another type.
+
+    >>> read_identity({"n_layers": "many"}, "example")
+    Traceback (most recent call last):
+    tscfile.errors.DamagedError: example: the model's fact n_layers cannot be 'many'; damaged
+    """
+    for key, value in facts.items():
+        if not _is_fact(key, value):
+            raise DamagedError(
+                f"{where}: the model's fact {key} cannot be {_short(repr(value))}; damaged"
+            )
+    return ModelIdentity(dict(facts))
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    """May ``value`` stand for the fact ``key``? Any may for those that are not known here."""
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if key in _COUNTS_OF_LAYERS and isinstance(value, list):
+        return bool(value) and all(_is_count(each) for each in value)
+    if key in _COUNTS or key in _COUNTS_OF_LAYERS:
+        return _is_count(value)
+    return key not in _NUMBERS or (type(value) in (int, float) and math.isfinite(value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def compare(recorded: ModelIdentity, actual: ModelIdentity) -> list[str]:

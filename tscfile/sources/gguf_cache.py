@@ -53,8 +53,8 @@ from .. import files
 from ..bytestream import Allowance
 from ..dtypes import DTYPES, DType, dtype_from_ggml
 from ..errors import DamagedError, TruncatedError, UnsupportedError, UsageError
-from ..identity import _parse  # the one bounds-checked GGUF parser of the project
-from ..model import CellTable, ModelIdentity, Snapshot, TensorSpec, Track, read_into
+from ..identity import _parse, read_identity  # the one bounds-checked GGUF parser of the project
+from ..model import CellTable, Snapshot, TensorSpec, Track, read_into
 from .hf_layout import FORMAT, LLAMA_CPP, MAX_LAYERS, check_layout
 from .kv_arrays import read_facts, spans
 
@@ -368,7 +368,7 @@ class _Reader:
         ]
         opaque = self._opaque()
         self._check_all_used(tracks)
-        identity = ModelIdentity(self._facts("kvcache.identity."))
+        identity = read_identity(self._facts("kvcache.identity."), self._where)
         tokens = arrays["tokens"].astype(np.int32)
         snapshot = Snapshot(tokens, tracks, source, opaque, identity)
         self._check_source(snapshot)

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DType
 from ..errors import DamagedError, UnsupportedError, UsageError
+from ..identity import read_identity
 from ..model import BLOCK_FRAMES, CellTable, ModelIdentity, Snapshot, TensorSpec, Track
 from .hf_layout import FORMAT, FULL, LATENT, MAX_LAYERS, SLIDING, text_cells
 
@@ -241,7 +242,7 @@ class _Description:
                 _number(facts.get("n_seen", ""), where),
                 _list(facts, "kinds", str, where),
                 _list(facts, "windows", int, where),
-                ModelIdentity(read_facts(_json(facts, "identity", where), where)),
+                read_identity(read_facts(_json(facts, "identity", where), where), where),
             )
         made.check(found, where)
         return made
