@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 from conftest import make_snapshot, some_cache, state_bytes
+from tscfile_kernels.exact import TABLE_BITS
 
 import tscfile
 from tscfile.books.book import Book
+from tscfile.books.product import RATES
+from tscfile.exact_tables import FREQUENCIES, Layout
 from tscfile.model import Snapshot
 from tscfile.sources import write_carrier
 
@@ -69,6 +72,8 @@ def _llama() -> Iterator[bytes]:
     packed = struct.pack("<7i", -1, 1, 2, 5, 6, 0, 0)[:24]
     whole = struct.pack("<II", 3, 6) + packed
     yield b"qsgg" + whole + kv
+    media = struct.pack("<8i", -1, 1, 2, 5, -1, 1, 1, 3) + b"abc\0"
+    yield b"qsgg" + struct.pack("<II", 3, 9) + media + kv
     appendix = b"SCKP" + struct.pack("<II16s", 1, 1, bytes(16)) + struct.pack("<Q2s", 2, b"ab") * 3
     yield b"qsgg" + whole + kv + appendix
     for path in sorted(GOLDEN.glob("*.kv")):
@@ -170,7 +175,43 @@ def toy_book() -> Book:
 def _book() -> Iterator[bytes]:
     for path in sorted(VECTORS.glob("valid/*.tscbook")):
         yield path.read_bytes()
-    yield toy_book().to_bytes()
+    book = toy_book()
+    yield book.to_bytes()
+    book.arrays |= _exact_arrays(book) | _product_arrays(book)
+    yield book.to_bytes()
+
+
+def _exact_arrays(book: Book) -> dict[str, np.ndarray]:
+    """Tables that are whole, if of little use: every weight is 1."""
+    n_channels, n_dims = book.n_channels, book.arrays["token_vectors"].shape[1]
+    sizes = [8, n_channels, 6]
+    n_weights = sum(
+        (stop - first) * (1 + dims + stop - low)
+        for low, first, stop, dims in Layout(n_channels, sizes[0], n_dims, sizes[1]).groups()
+    )
+    frequencies = np.ones(FREQUENCIES, np.uint16)
+    frequencies[:, 0] = (1 << TABLE_BITS) - FREQUENCIES[1] + 1
+    zeros = np.zeros(n_channels, np.int8)
+    return {
+        "exact_sizes": np.array(sizes, np.int32),
+        "exact_weights_low": np.ones(n_weights, np.uint8),
+        "exact_weights_high": np.zeros(n_weights, np.int8),
+        "exact_weight_bits": zeros + 12, "exact_scale_bits": zeros + 8,
+        "exact_unit_bits": zeros, "exact_sigmas": np.full(n_channels, 2048, np.uint16),
+        "exact_frequencies": frequencies,
+    }  # fmt: skip
+
+
+def _product_arrays(book: Book) -> dict[str, np.ndarray]:
+    n_stages, columns = 2, np.array([[0, 1], [1, 2]], np.uint32)
+    assert book.n_coefficients == 3
+    centroids = np.arange(n_stages * 256 * 2).astype(np.int8).reshape(n_stages, 256, 2)
+    curve = np.linspace(2, 1, len(RATES), dtype=np.float32)
+    return {
+        "product_columns": columns, "product_centroids": centroids,
+        "product_scales": np.full(n_stages, 0.1, np.float32),
+        "product_worth": curve, "product_errors": curve,
+    }  # fmt: skip
 
 
 def _tsc() -> Iterator[bytes]:

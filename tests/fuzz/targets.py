@@ -18,18 +18,23 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import tscfile
 from tscfile.archive import Archive
+from tscfile.book_codec import BookCodec
 from tscfile.books import book as books
 from tscfile.bytestream import ByteWriter
 from tscfile.container.metadata import write_metadata
+from tscfile.container.writer import EncodedChunk
 from tscfile.context import FrameContext
 from tscfile.description import describe
+from tscfile.dtypes import DTYPES
 from tscfile.entropy.token_ids import TokenCoder
 from tscfile.errors import TscError
 from tscfile.identity import identity_from_gguf
-from tscfile.model import ModelIdentity, Snapshot
+from tscfile.model import ModelIdentity, Snapshot, TensorSpec
+from tscfile.product_codec import BookDomain, ProductCodec
 from tscfile.sources.gguf_cache import open_gguf
 from tscfile.sources.hf_layout import as_llama_state
 from tscfile.sources.llama_state import open_state, state_size, write_state
@@ -38,6 +43,8 @@ from tscfile.sources.npz_cache import open_npz
 from tscfile.sources.safetensors_cache import open_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[2]
+Rows = NDArray[np.uint8]
+
 VECTORS = ROOT / "spec" / "vectors" / "valid"
 
 
@@ -186,27 +193,82 @@ def _read_frames(archive: Archive, number: int) -> None:
 
 
 def book(data: bytes) -> None:
-    """A book: everything that decoding does with one."""
+    """A book: everything that decoding does with one, and what it encodes comes back."""
     attempt(lambda: _use_book(data))
 
 
-def _use_book(data: bytes) -> None:
-    from tscfile.book_codec import BookCodec
-    from tscfile.product_codec import BookDomain, ProductCodec
+_ROWS_OF_A_BOOK = 4
+_MOST_ARRAYS = 1 << 20
+"""Bytes of a book's arrays that are worked with: as floats they take several times as much."""
 
+
+def _use_book(data: bytes) -> None:
     opened = books.open_bytes(data, "book")
-    found, ids = opened.book, np.array([1, 2, -5, 9], np.int32)
-    context = FrameContext(np.array([0, 5, -7, 1 << 30], np.int32), ids)
+    found, n = opened.book, _ROWS_OF_A_BOOK
+    if sum(array.nbytes for array in found.arrays.values()) > _MOST_ARRAYS:
+        return
+    context = FrameContext(
+        np.array([0, 5, -7, 1 << 30], np.int32), np.array([1, 2, -5, 9], np.int32)
+    )
     with np.errstate(all="ignore"):
         predicted = found.predict(context)
-        assert predicted.shape == (4, found.n_channels)
+        assert predicted.shape == (n, found.n_channels)
         attempt(lambda: found.analyse(predicted, found.stored(0)))
         found.kl_of_step(123)
         attempt(lambda: found.step_of_kl(0.01))
         attempt(lambda: _use_token_coder(opened.token_coder))
-        codec = BookCodec(opened, ModelIdentity({"rope_pairing": "neox"}), "book")
-        attempt(lambda: ProductCodec(BookDomain(codec, "book")))
-        attempt(lambda: codec.exact)
+        attempt(lambda: _use_codecs(opened, context))
+
+
+def _use_codecs(opened: books.OpenBook, context: FrameContext) -> None:
+    groups = opened.book.groups
+    dtype, n = DTYPES["f16"], _ROWS_OF_A_BOOK
+    specs = [
+        TensorSpec(layer, role, dtype, dtype.row_bytes(groups.width))
+        for role in "kv" for layer in range(groups.n_layers)
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    rows = [
+        rng.normal(0, 1, (n, groups.width)).astype("<f2").view(np.uint8) for _ in specs
+    ]
+    codec = BookCodec(opened, ModelIdentity({"rope_pairing": "neox"}), "book")
+    codec.check(specs, "book")
+    attempt(lambda: _use_lossy(codec, rows, specs, context))
+    attempt(lambda: _use_exact(codec, rows, specs, context))
+    attempt(lambda: _use_product(codec, rows, specs, context))
+
+
+def _payload(chunk: EncodedChunk) -> memoryview:
+    return memoryview(chunk.header.write() + chunk.body)
+
+
+def _use_lossy(
+    codec: BookCodec, rows: list[Rows], specs: list[TensorSpec], context: FrameContext
+) -> None:
+    steps = [np.full(len(context.pos), step, np.int32) for step in (512, 256)]
+    payloads = [_payload(chunk) for chunk in codec.encode(rows, specs, context, steps)]
+    again = codec.decode(payloads, specs, 0, context, "book")
+    assert [part.shape for part in again] == [part.shape for part in rows]
+
+
+def _use_exact(
+    codec: BookCodec, rows: list[Rows], specs: list[TensorSpec], context: FrameContext
+) -> None:
+    if codec.exact is None or not codec.exact.takes(specs):
+        return
+    payload = _payload(codec.exact.encode(rows, specs, context))
+    again = codec.decode_exact(payload, specs, "book")
+    assert all(np.array_equal(a, b) for a, b in zip(again, rows, strict=True)), "not exact"
+
+
+def _use_product(
+    codec: BookCodec, rows: list[Rows], specs: list[TensorSpec], context: FrameContext
+) -> None:
+    product = ProductCodec(BookDomain(codec, "book"))
+    worth, limits = np.full(len(context.pos), 0.1), np.full(len(context.pos), 10.0)
+    payload = _payload(product.encode(rows, specs, context, worth, limits).chunk)
+    again = product.decode(payload, specs, 0, context, "book")
+    assert [part.shape for part in again] == [part.shape for part in rows]
 
 
 def _use_token_coder(coder: TokenCoder | None) -> None:
