@@ -6,13 +6,14 @@ kept in ``WORK/findings``, one file for each place where something undocumented 
 traceback beside it; the exit code is 1 if there are any. A crash of the interpreter or a run past
 the time limit ends the run and leaves its input there too.
 
-``python tests/fuzz/run.py TARGET --minimise`` writes the smallest inputs of ``--work`` that cover
-the same to ``corpus/TARGET``.
+``python tests/fuzz/run.py TARGET --minimise`` makes ``corpus/TARGET`` anew of its own inputs and
+those of ``--work``: the smallest first, as long as each leads where the ones before do not.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import resource
 import subprocess
@@ -21,6 +22,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SLACK_BYTES = 64 << 20
@@ -77,11 +80,16 @@ def main() -> int:
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--work", type=Path, help="a folder for new inputs and findings")
+    parser.add_argument("--seed", type=int, default=0, help="the same for the same run; 0: any")
     parser.add_argument("--minimise", action="store_true")
     options = parser.parse_args()
+    sys.path.insert(0, str(HERE.parent))
     work = options.work or Path(tempfile.mkdtemp(prefix=f"fuzz-{options.target}-"))
+    if options.minimise:
+        minimise(options.target, work)
+        return 0
     if _CHILD in os.environ:
-        fuzz(options.target, options.seconds, work, options.minimise)
+        fuzz(options.target, options.seconds, options.seed, work)
         return 0
     # Each arena of the allocator reserves 64 MB of addresses, which are what is limited here.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", _CHILD: "1"}
@@ -94,11 +102,10 @@ def main() -> int:
     return 1 if found or code else 0
 
 
-def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> None:
+def fuzz(name: str, seconds: int, seed: int, work: Path) -> None:
     """Does not return: libFuzzer ends the process."""
     import atheris
 
-    sys.path.insert(0, str(HERE.parent))
     # Not the kernels, which Numba compiles from their bytecode.
     with atheris.instrument_imports(include=["tscfile"]):
         from mutators import MUTATORS
@@ -113,17 +120,70 @@ def fuzz(name: str, seconds: int, work: Path, minimise: bool) -> None:
         (seeds / str(number)).write_bytes(data)
         target.run(data)  # What is loaded or compiled once is no memory of an input.
     arguments = [
-        sys.argv[0], f"-max_len={target.most}", f"-timeout={target.seconds}", "-rss_limit_mb=0",
-        f"-artifact_prefix={findings}/",
+        sys.argv[0], f"-seed={seed}", f"-max_len={target.most}", f"-timeout={target.seconds}",
+        "-rss_limit_mb=0", f"-artifact_prefix={findings}/", f"-max_total_time={seconds}",
+        "-print_final_stats=1",
+        str(inputs), str(seeds), str(corpus),
     ]  # fmt: skip
-    if minimise:
-        arguments += ["-merge=1", str(corpus), str(inputs), str(seeds)]
-    else:
-        arguments += [f"-max_total_time={seconds}", "-print_final_stats=1"]
-        arguments += [str(each) for each in (inputs, seeds, corpus)]
     run = bounded(collecting(target.run, findings))
     atheris.Setup(arguments, run, custom_mutator=MUTATORS.get(name))
     atheris.Fuzz()
+
+
+# --- the corpus ----------------------------------------------------------------------------------
+
+_MOST_BYTES = 24 << 10
+"""Of all inputs of a target that are kept."""
+
+
+def minimise(name: str, work: Path) -> None:
+    """Keep the inputs of ``work`` and the corpus that lead along some pair of lines first."""
+    from targets import TARGETS
+
+    corpus, run = HERE / "corpus" / name, TARGETS[name].run
+    corpus.mkdir(parents=True, exist_ok=True)
+    paths = [*corpus.iterdir(), *(work / "inputs").glob("*")]
+    known: set[Step] = set()
+    kept: dict[str, bytes] = {}
+    for data in sorted({path.read_bytes() for path in paths}, key=lambda data: (len(data), data)):
+        steps = _steps(run, data)
+        if steps - known and sum(map(len, kept.values())) + len(data) <= _MOST_BYTES:
+            known |= steps
+            kept[hashlib.sha1(data).hexdigest()[:16]] = data
+    for path in corpus.iterdir():
+        path.unlink()
+    for key, data in kept.items():
+        (corpus / key).write_bytes(data)
+    print(f"{corpus}: {len(kept)} inputs, {sum(map(len, kept.values()))} bytes")
+
+
+Step = tuple[object, int, int]
+"""Code and two lines in it, one after the other."""
+
+
+def _steps(function: Callable[[bytes], None], data: bytes) -> set[Step]:
+    steps: set[Step] = set()
+
+    def enter(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        if "/tscfile/" not in frame.f_code.co_filename:
+            return None
+        last = frame.f_code.co_firstlineno
+
+        def follow(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+            nonlocal last
+            if event == "line":
+                steps.add((frame.f_code, last, frame.f_lineno))
+                last = frame.f_lineno
+            return follow
+
+        return follow
+
+    sys.settrace(enter)
+    try:
+        function(data)
+    finally:
+        sys.settrace(None)
+    return steps
 
 
 if __name__ == "__main__":
