@@ -21,6 +21,7 @@ from tscfile.books.product import RATES
 from tscfile.exact_tables import FREQUENCIES, Layout
 from tscfile.model import Snapshot
 from tscfile.sources import write_carrier
+from tscfile.sources.llama_state import parse_state
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "spec" / "vectors"
@@ -126,9 +127,13 @@ def _npz() -> Iterator[bytes]:
 
 
 def _gguf() -> Iterator[bytes]:
+    states = [parse_state(data) for data in _llama() if len(data) < 600]
+    unusual = [each for each in states if each.source["kind"] != "plain" or each.opaque]
+    yield from _carried("gguf", *unusual)
     yield from _carried(
         "gguf", *_caches(), _small(opaque={"appendix": b"checkpoint"}, identity={"n_heads": [2]}),
         _small(dtype="q8_0", n_channels=32), _small(v_trans=1, container="sequence"),
+        _small(identity={"tags": ["a", "é"], "name": "é", "rope_base": 0.5, "empty": []}),
     )  # fmt: skip
 
 
