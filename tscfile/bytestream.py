@@ -6,7 +6,6 @@ import struct
 
 from .errors import DamagedError, TruncatedError
 
-
 _CHARACTER_MEMORY = 4
 """About what a byte of text takes: one character of four bytes makes all others as wide."""
 
