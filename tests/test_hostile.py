@@ -646,6 +646,23 @@ def test_forged_facts_of_the_source(
         assert capfd.readouterr().err.count("\n") == (code != 0)
 
 
+@pytest.mark.parametrize(
+    "identity",
+    [{"architecture": ["llama"]}, {"n_layers": "1"}, {"n_heads": []}, {"n_heads": [True]},
+     {"head_dim_k": -1}, {"rope_base": float("nan")}, {"rope_pairing": 1}, {"vocab_size": 1.5}],
+    ids=str,
+)  # fmt: skip
+def test_forged_facts_of_the_model(
+    identity: dict[str, Any], forgery: Forgery, tmp_path: Path
+) -> None:
+    record = read_record(tmp_path / "same.tsc")
+    forgery.snapshots = [with_changes(record, identity=identity)]
+    error = outcome(forgery.write(tmp_path / "a.tsc"))
+    assert isinstance(error, DamagedError) and f"fact {next(iter(identity))}" in str(error)
+    forgery.snapshots = [with_changes(record, identity={"unknown": ["anything"]})]
+    assert outcome(forgery.write(tmp_path / "a.tsc")) is None
+
+
 def test_terminal_codes_are_not_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,7 @@ def test_what_fuzzing_found_in_safetensors(tmp_path: Path) -> None:
         {**PLAIN, "layers.0.k": entry("F16", [0, 1 << 62, 1 << 62], 4, 4)},
         {**PLAIN, "layers.0.k": entry("F16", [0, 1, 2], 4, 4)},
         described(identity=half),
+        described(identity='{"architecture": ["llama"]}'),
         described(identity=half.replace("name", "\\udfff").replace("\\ud800", "a")),
     ):
         path = tmp_path / "a.safetensors"
