@@ -7,17 +7,21 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from conftest import make_snapshot, some_cache, state_bytes
 from tscfile_kernels.exact import TABLE_BITS
 
 import tscfile
+from tscfile import exact_coding, pipeline
 from tscfile.books.book import Book
 from tscfile.books.product import RATES
+from tscfile.container.writer import EncodedChunk
 from tscfile.exact_tables import FREQUENCIES, Layout
 from tscfile.model import Snapshot
 from tscfile.sources import write_carrier
@@ -167,23 +171,28 @@ def _model() -> Iterator[bytes]:
 # --- books and archives -------------------------------------------------------------------------
 
 
-def toy_book() -> Book:
-    """The book of the specification's vectors."""
+@cache
+def _vectors() -> Any:
+    """The module that makes the specification's vectors, with its toy book and session."""
     spec = importlib.util.spec_from_file_location("make", VECTORS / "make.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made: Book = module.toy_book()
-    return made
+    return module
+
+
+def _full_book() -> Book:
+    """The toy book with tables for everything that a book can have tables for."""
+    book: Book = _vectors().toy_book()
+    book.arrays |= _exact_arrays(book) | _product_arrays(book)
+    return book
 
 
 def _book() -> Iterator[bytes]:
     for path in sorted(VECTORS.glob("valid/*.tscbook")):
         yield path.read_bytes()
-    book = toy_book()
-    yield book.to_bytes()
-    book.arrays |= _exact_arrays(book) | _product_arrays(book)
-    yield book.to_bytes()
+    yield _vectors().toy_book().to_bytes()
+    yield _full_book().to_bytes()
 
 
 def _exact_arrays(book: Book) -> dict[str, np.ndarray]:
@@ -224,11 +233,31 @@ def _tsc() -> Iterator[bytes]:
         yield path.read_bytes()
     options: dict[str, Any] = {"n_layers": 1, "n_channels": 8}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.tsc"
-        tscfile.pack(make_snapshot(6, opaque={"appendix": b"checkpoint" * 4}, **options), path)
-        yield path.read_bytes()
-        tscfile.append(make_snapshot(9, **options), path)
-        yield path.read_bytes()
+        path, book = Path(folder) / "a.tsc", Path(folder) / "a.tscbook"
+        for tier in ("lossless", "near"):
+            snapshot = make_snapshot(6, opaque={"appendix": b"checkpoint" * 4}, **options)
+            tscfile.pack(snapshot, path, tier=tier, force=True)
+            yield path.read_bytes()
+            tscfile.append(make_snapshot(9, **options), path)
+            tscfile.append(make_snapshot(12, edited_from=5, **options), path)
+            yield path.read_bytes()
+        book.write_bytes(_full_book().to_bytes())
+        make = _vectors()
+        for how in ({"tier": "near"}, {"product": tscfile.ProductOptions(2)}, {"tier": "lossless"}):
+            with mock.patch.object(exact_coding.pipeline, "encode_chunk", _long_chunk):
+                tscfile.pack(
+                    make.made_up(make.TOKENS), path, book=book, embed_book=True, force=True, **how
+                )
+            yield path.read_bytes()
+
+
+_encode_chunk = pipeline.encode_chunk
+
+
+def _long_chunk(*arguments: Any) -> EncodedChunk:
+    """What is coded without a book is made long, so that the codec with one is taken."""
+    chunk = _encode_chunk(*arguments)
+    return EncodedChunk(chunk.header, chunk.body + bytes(1 << 16))
 
 
 _MAKERS = {
