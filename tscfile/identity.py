@@ -317,20 +317,23 @@ def _packed_string(data: bytes) -> bytes:
 def _check_apart(shards: list[_Gguf]) -> None:
     """Tensors that lie upon each other would take any time to hash."""
     for shard in shards:
-        if sum(_tensor_bytes(tensor, shard.path) for tensor in shard.tensors) > len(shard.data):
-            raise TruncatedError(
-                f"{shard.path}: its tensors take more bytes than the file has; it was cut, or they "
-                "overlap"
-            )
+        if sum(_extent(tensor, shard)[1] for tensor in shard.tensors) > len(shard.data):
+            raise DamagedError(f"{shard.path}: its tensors overlap; damaged")
 
 
-def _hash_tensor(hasher: Any, tensor: _Tensor, shard: _Gguf) -> None:
+def _extent(tensor: _Tensor, shard: _Gguf) -> tuple[int, int]:
+    """Where the data of a tensor start, and how many bytes they are."""
     start, n_bytes = shard.data_start + tensor.offset, _tensor_bytes(tensor, shard.path)
     if start + n_bytes > len(shard.data):
         raise TruncatedError(
             f"{shard.path}: tensor {_printable(tensor.name)} ends at byte {start + n_bytes} of a "
             f"file of {len(shard.data)}"
         )
+    return start, n_bytes
+
+
+def _hash_tensor(hasher: Any, tensor: _Tensor, shard: _Gguf) -> None:
+    start, n_bytes = _extent(tensor, shard)
     hasher.update(_packed_string(tensor.name))
     hasher.update(struct.pack("<II", tensor.ggml_type, len(tensor.dims)))
     hasher.update(struct.pack(f"<{len(tensor.dims)}QQ", *tensor.dims, n_bytes))
