@@ -386,13 +386,13 @@ def test_gguf_tensors_upon_each_other(tmp_path: Path) -> None:
         open_source(path)
     keys = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
     tensors = b"".join(
-        text(b"%d" % i) + struct.pack("<IQIQ", 1, 8 << 20, 24, 0) for i in range(100_000)
+        text(b"%d" % i) + struct.pack("<IQIQ", 1, 8 << 20, 24, 0) for i in range(10_000)
     )
-    path.write_bytes(gguf_file(keys, 1, tensors, 100_000) + bytes(8 << 20))
+    path.write_bytes(gguf_file(keys, 1, tensors, 10_000) + bytes((8 << 20) + 32))
     before = time.process_time()
     with pytest.raises(DamagedError, match="overlap"):
         identity_from_gguf(path)
-    assert time.process_time() - before < 10
+    assert time.process_time() - before < 5
 
 
 def test_gguf_names_do_not_break_the_line(tmp_path: Path) -> None:
