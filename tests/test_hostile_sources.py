@@ -410,6 +410,25 @@ def test_gguf_names_do_not_break_the_line(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value)
 
 
+def test_many_small_layers_that_differ(tmp_path: Path) -> None:
+    """Each is a track of its own, with cells that are larger than its rows."""
+    path, n, n_layers = tmp_path / "a.safetensors", 20_000, 300
+    entries: dict[str, Any] = {"tokens": entry("I32", [n], 0, 4 * n)}
+    at = 4 * n
+    for layer in range(n_layers):
+        for role in "kv":
+            entries[f"layers.{layer}.{role}"] = entry("F16", [1, n, 1], at, at + 2 * n)
+            at += 2 * n
+    entries["__metadata__"] = {
+        "format": "tscfile-kv", "version": "1", "n_seen": str(n), "identity": "{}",
+        "kinds": json.dumps(["sliding"] * n_layers),
+        "windows": json.dumps([n + 1 + layer for layer in range(n_layers)]),
+    }  # fmt: skip
+    path.write_bytes(safetensors_file(entries, bytes(at)))
+    with bounded_memory(path, slack=4 << 20):
+        assert len(open_source(path).tracks) == n_layers
+
+
 # --- states --------------------------------------------------------------------------------------
 
 

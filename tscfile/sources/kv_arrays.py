@@ -192,10 +192,12 @@ def snapshot_from_arrays(
         raise DamagedError(
             f"{where}: {len(tokens)} tokens for a cache that has seen {described.n_seen}"
         )
+    # One table for all tracks, of which each has the end: a layer may be smaller than its cells.
+    cells = text_cells(np.arange(described.n_seen, dtype=np.int32))
     return Snapshot(
         tokens=tokens.astype(np.int32),
         tracks=[
-            _track(layers, cache, described, found)
+            _track(layers, cache, described, found, cells)
             for cache, layers in enumerate(described.groups(found))
         ],
         source={"format": FORMAT, "n_layers": len(described.kinds)},
@@ -283,7 +285,7 @@ class _Description:
 
 def _track(
     layers: list[int], cache: int, described: _Description,
-    found: Mapping[int, Mapping[str, HeadArray]],
+    found: Mapping[int, Mapping[str, HeadArray]], cells: CellTable,
 ) -> HeadsTrack:  # fmt: skip
     arrays = [found[layer][role] for role in "kv" for layer in layers]
     specs = []
@@ -299,9 +301,11 @@ def _track(
     }
     if attributes["kind"] == SLIDING:
         attributes["window"] = described.windows[layers[0]]
-    n_held = arrays[0].bits.shape[1]
-    cells = text_cells(np.arange(described.n_seen - n_held, described.n_seen))
-    return HeadsTrack(cache, 0, cells, specs, attributes, [array.bits for array in arrays])
+    first = described.n_seen - arrays[0].bits.shape[1]
+    own = CellTable(
+        cells.pos[first:], cells.seq_counts[first:], cells.seq_ids[first:], cells.ext[first:]
+    )
+    return HeadsTrack(cache, 0, own, specs, attributes, [array.bits for array in arrays])
 
 
 # --- metadata -------------------------------------------------------------------------------------
