@@ -202,6 +202,17 @@ def test_measurements_that_say_nothing() -> None:
         book.step_of_kl(0.01)
 
 
+@pytest.mark.parametrize("kls", [[0.3, 0.005], [0.001, 0.5, 0.002, 0.003], [0.1, 0.1]], ids=str)
+def test_measurements_that_do_not_rise(kls: list[float]) -> None:
+    """A coarser step with less error is not believed."""
+    book = make.toy_book()
+    book.tiers = {str(i): TierEntry(str(i), 256 * i, kl, 1.0) for i, kl in enumerate(kls)}
+    expected = [book.kl_of_step(step) or 0 for step in range(-512, 2048, 64)]
+    assert expected == sorted(expected) and expected[0] < expected[-1] < math.inf
+    assert book.kl_of_step(0) == pytest.approx(kls[0])
+    assert abs(book.step_of_kl(kls[0])) <= 1
+
+
 def test_names_that_occur_twice() -> None:
     for part in ("tiers", "arrays"):
         book = make.toy_book()

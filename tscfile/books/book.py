@@ -274,14 +274,15 @@ class Book:
     def _measured(self) -> list[tuple[float, float]]:
         """Steps and binary logarithms of KL, rising in both."""
         found = sorted((t.log_step, t.kl) for t in self.tiers.values() if t.kl > 0)
-        rising = [(float(step), math.log2(kl)) for step, kl in found]
+        rising: list[tuple[float, float]] = []
+        for step, kl in found:
+            point = float(step), math.log2(kl)
+            if not rising or (point[0] > rising[-1][0] and point[1] > rising[-1][1]):
+                rising.append(point)
         if len(rising) == 1:
             # KL grows about as the step to the power 1.6.
             rising.append((rising[0][0] + ladder.UNITS_PER_OCTAVE, rising[0][1] + 1.6))
-        return [
-            each for i, each in enumerate(rising)
-            if not i or (each[0] > rising[i - 1][0] and each[1] > rising[i - 1][1])
-        ]  # fmt: skip
+        return rising
 
     # --- bytes --------------------------------------------------------------------------------
 
