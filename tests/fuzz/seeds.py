@@ -18,12 +18,12 @@ from conftest import make_snapshot, some_cache, state_bytes
 from tscfile_kernels.exact import TABLE_BITS
 
 import tscfile
-from tscfile import exact_coding, pipeline
+from tscfile import exact_coding, pipeline, product_session
 from tscfile.books.book import Book
 from tscfile.books.product import RATES
 from tscfile.container.writer import EncodedChunk
 from tscfile.exact_tables import FREQUENCIES, Layout
-from tscfile.model import Snapshot
+from tscfile.model import CellTable, Snapshot
 from tscfile.sources import write_carrier
 from tscfile.sources.llama_state import parse_state
 
@@ -241,6 +241,13 @@ def _tsc() -> Iterator[bytes]:
             tscfile.append(make_snapshot(9, **options), path)
             tscfile.append(make_snapshot(12, edited_from=5, **options), path)
             yield path.read_bytes()
+        for snapshot in (_turned(), _with_columns()):
+            tscfile.pack(snapshot, path, tier="near", force=True)
+            yield path.read_bytes()
+        with mock.patch.object(product_session, "_refuse_few", lambda *_: None):
+            made = make_snapshot(24, **options)
+            tscfile.pack(made, path, product=tscfile.ProductOptions(4), force=True)
+            yield path.read_bytes()
         book.write_bytes(_full_book().to_bytes())
         make = _vectors()
         for how in ({"tier": "near"}, {"product": tscfile.ProductOptions(2)}, {"tier": "lossless"}):
@@ -249,6 +256,24 @@ def _tsc() -> Iterator[bytes]:
                     make.made_up(make.TOKENS), path, book=book, embed_book=True, force=True, **how
                 )
             yield path.read_bytes()
+
+
+def _turned() -> Snapshot:
+    """Of a model that is known well enough for keys to be turned back."""
+    numbers = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim_k": 8, "head_dim_v": 8}
+    rope = {"rope_pairing": "norm", "rope_base": 1e4, "rope_dim": 8, "rope_scaling": "none"}
+    return _small(identity={"architecture": "llama", **numbers, **rope})
+
+
+def _with_columns() -> Snapshot:
+    """Cells with columns that are positions, tokens and neither, shared by several sequences."""
+    snapshot = _small()
+    [track] = snapshot.tracks
+    pos = track.cells.pos
+    columns = np.stack([pos, snapshot.tokens[pos], 7 * pos], 1)
+    track.cells = CellTable(pos, np.array([1, 2, 1], np.int32), np.array([0, 0, 3, 1], np.int32),
+                            columns)  # fmt: skip
+    return snapshot
 
 
 _encode_chunk = pipeline.encode_chunk
