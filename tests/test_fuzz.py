@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import bounded_memory
 from fuzz.seeds import make_seeds
-from fuzz.targets import TARGETS
+from fuzz.targets import TARGETS, VECTORS
+from mending import Rebuilt
+
+import tscfile
+from tscfile.container.records import CHUNK, INDEX, SNAPSHOT
+from tscfile.description import describe
 
 FUZZ = Path(__file__).parent / "fuzz"
 SECONDS = 2
@@ -40,6 +46,31 @@ def test_corpus(name: str, tmp_path: Path) -> None:
 def test_corpus_is_small() -> None:
     sizes = [path.stat().st_size for name in TARGETS for path in corpus(name)]
     assert sum(sizes) <= 150_000 and max(sizes) <= 8_000
+
+
+def test_archives_are_put_together_again(tmp_path: Path) -> None:
+    """What mutates archives is of use only as long as it keeps up with the format."""
+    path, books = tmp_path / "a.tsc", {"layered", "lossy"}
+    for name in books:
+        shutil.copy(VECTORS / f"{name}.tscbook", tmp_path)
+    for data in make_seeds("tsc"):
+        path.write_bytes(data)
+        with tscfile.open(path) as archive:
+            before = describe(archive)
+        types = Rebuilt(data).types()
+        assert {CHUNK, SNAPSHOT, INDEX} <= set(types)
+        path.write_bytes(Rebuilt(data).write(lambda number, type_, payload: payload))
+        assert not tscfile.verify(path).problems
+        path.write_bytes(
+            Rebuilt(data).write(lambda n, _, payload: payload if n else payload + bytes(100))
+        )
+        with tscfile.open(path) as archive:
+            after = describe(archive)
+        assert after.file_bytes > before.file_bytes
+        for one, other in zip(before.snapshots, after.snapshots, strict=True):
+            assert (one.name, one.n_frames, one.n_tokens) == (
+                other.name, other.n_frames, other.n_tokens
+            )  # fmt: skip
 
 
 @pytest.mark.skipif(
