@@ -58,15 +58,16 @@ def test_archives_are_put_together_again(tmp_path: Path) -> None:
         with tscfile.open(path) as archive:
             before = describe(archive)
         types = Rebuilt(data).types()
-        assert {CHUNK, SNAPSHOT, INDEX} <= set(types)
+        assert {SNAPSHOT, INDEX} <= set(types)
         path.write_bytes(Rebuilt(data).write(lambda number, type_, payload: payload))
         assert not tscfile.verify(path).problems
+        # All that comes behind a longer record has another place.
         path.write_bytes(
-            Rebuilt(data).write(lambda n, _, payload: payload if n else payload + bytes(100))
+            Rebuilt(data).write(lambda _, type_, payload: payload + bytes(100 * (type_ == CHUNK)))
         )
         with tscfile.open(path) as archive:
             after = describe(archive)
-        assert after.file_bytes > before.file_bytes
+        assert (after.file_bytes > before.file_bytes) == (CHUNK in types)
         for one, other in zip(before.snapshots, after.snapshots, strict=True):
             assert (one.name, one.n_frames, one.n_tokens) == (
                 other.name, other.n_frames, other.n_tokens
