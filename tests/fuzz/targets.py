@@ -216,7 +216,7 @@ def _use_book(data: bytes) -> None:
         attempt(lambda: found.analyse(predicted, found.stored(0)))
         found.kl_of_step(123)
         attempt(lambda: found.step_of_kl(0.01))
-        attempt(lambda: _use_token_coder(opened.token_coder))
+        attempt(lambda: _use_token_coder(opened.token_coder, data[-2 * books.HASH_BYTES :]))
         attempt(lambda: _use_codecs(opened, context))
 
 
@@ -271,13 +271,14 @@ def _use_product(
     assert [part.shape for part in again] == [part.shape for part in rows]
 
 
-def _use_token_coder(coder: TokenCoder | None) -> None:
+def _use_token_coder(coder: TokenCoder | None, foreign: bytes) -> None:
     if coder is None:
         return
     nothing, ids = np.zeros(0, np.int32), np.array([1, 2, 3, 9, 1, 2, 3, 9, 70000], np.int32)
     coded = coder.encode(ids, nothing)
     assert np.array_equal(coder.decode(coded, len(ids), nothing, "ids"), ids)
-    attempt(lambda: coder.decode(bytes(len(coded)), len(ids), nothing, "ids"))
+    for data in (bytes(len(coded)), foreign, coded[::-1]):
+        attempt(partial(coder.decode, data, len(ids), nothing, "ids"))
 
 
 # --- all of them --------------------------------------------------------------------------------
