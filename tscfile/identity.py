@@ -556,7 +556,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 40 else text[:16] + "…"
 
 

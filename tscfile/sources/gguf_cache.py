@@ -325,12 +325,6 @@ class _GgufTrack:
         return [self.rows[i][start:stop] for i in chosen]
 
 
-def _shown(value: Any) -> str:
-    """A value of the file in a message: short, and on one line."""
-    text = str(value)[:40]
-    return text if text.isprintable() else repr(text)
-
-
 class _Reader:
     """Takes one file apart; every claim is compared with the file before it is used."""
 
@@ -341,12 +335,12 @@ class _Reader:
         if values.get("general.type") != KIND:
             kind = values.get("general.type", "model")
             raise UsageError(
-                f"{path}: this GGUF file holds a {_shown(kind)}, not a {KIND}; "
+                f"{path}: this GGUF file holds a {str(kind)[:40]}, not a {KIND}; "
                 "a model is given with --model"
             )
         if values.get("kvcache.version") != _VERSION:
             raise UnsupportedError(
-                f"{path}: version {_shown(values.get('kvcache.version'))} of the cache schema; "
+                f"{path}: version {str(values.get('kvcache.version'))[:20]} of the cache schema; "
                 f"this build reads {_VERSION}"
             )
         self._tensors: dict[str, Any] = {}
