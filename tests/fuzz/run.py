@@ -118,15 +118,16 @@ def fuzz(name: str, seconds: int, seed: int, work: Path) -> None:
     for number, data in enumerate(make_seeds(name)):
         assert len(data) <= target.most, f"seed {number} of {name} has {len(data)} bytes"
         (seeds / str(number)).write_bytes(data)
-        target.run(data)  # What is loaded or compiled once is no memory of an input.
+    run = collecting(target.run, findings)
+    # What is loaded or compiled once is neither memory nor time of an input.
+    for path in [*seeds.iterdir(), *corpus.iterdir()]:
+        run(path.read_bytes())
     arguments = [
         sys.argv[0], f"-seed={seed}", f"-max_len={target.most}", f"-timeout={target.seconds}",
         "-rss_limit_mb=0", f"-artifact_prefix={findings}/", f"-max_total_time={seconds}",
-        "-print_final_stats=1",
-        str(inputs), str(seeds), str(corpus),
+        "-print_final_stats=1", str(inputs), str(seeds), str(corpus),
     ]  # fmt: skip
-    run = bounded(collecting(target.run, findings))
-    atheris.Setup(arguments, run, custom_mutator=MUTATORS.get(name))
+    atheris.Setup(arguments, bounded(run), custom_mutator=MUTATORS.get(name))
     atheris.Fuzz()
 
 
