@@ -477,6 +477,9 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     # Metadata: many keys, long arrays.
     keys = b"".join(b"\x03%03x\x07\x01" % i for i in range(4096))
     assert not refused_metadata(forgery, path, varints(4096) + keys)
+    # One character of four bytes makes a text of as many bytes for each.
+    wide = ByteWriter().uvarint(1).string("k").u8(8).string("a" * (13 << 20) + "\U0001f600")
+    assert refused_metadata(forgery, path, wide.bytes())
     items = varints(1, 1) + b"k\x09\x00" + varints(5_000_000) + bytes(5_000_000)
     assert refused_metadata(forgery, path, items)
 
