@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_snapshot, same_state, write_kv
+from conftest import bounded_memory, make_snapshot, same_state, write_kv
+from mending import ids_of, packed, structure_of
 from tscfile_cli.main import main
 
 import tscfile
 from tscfile import registry
-from tscfile.bytestream import ByteReader, ByteWriter
-from tscfile.container.metadata import dictionary_of, write_metadata
+from tscfile.bytestream import ByteWriter
+from tscfile.container.metadata import write_metadata
 from tscfile.container.reader import Container
 from tscfile.container.records import (
     CHUNK,
@@ -37,13 +37,12 @@ from tscfile.container.records import (
     Trailer,
     checksum,
 )
-from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord, TokenIds
+from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord
 from tscfile.container.writer import ContainerWriter
 from tscfile.entropy import zstd
 from tscfile.errors import DamagedError, TscError, UnsupportedError
 from tscfile.model import Snapshot, TensorSpec
 
-SLACK_BYTES = 64 << 20
 TINY = {"n_layers": 1, "n_channels": 8, "opaque": {"appendix": b"checkpoint" * 4}}
 SAVES = (make_snapshot(6, **TINY), make_snapshot(9, **TINY))  # type: ignore[arg-type]
 
@@ -251,19 +250,13 @@ def read_all(path: Path) -> None:
 
 def outcome(path: Path) -> TscError | None:
     """The error of reading and verifying everything; memory stays within bounds."""
-    tracemalloc.start()
-    try:
+    with bounded_memory(path):
         try:
             read_all(path)
             problems = tscfile.verify(path).problems
             return DamagedError(problems[0]) if problems else None
         except TscError as error:
             return error
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            assert peak <= 2 * path.stat().st_size + SLACK_BYTES, f"{peak} bytes were allocated"
-    finally:
-        tracemalloc.stop()
 
 
 def mutations(data: bytes, n_bits: int, seed: int = 0) -> Iterator[bytes]:
@@ -483,6 +476,9 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     # Metadata: many keys, long arrays.
     keys = b"".join(b"\x03%03x\x07\x01" % i for i in range(4096))
     assert not refused_metadata(forgery, path, varints(4096) + keys)
+    # One character of four bytes makes a text of as many bytes for each.
+    wide = ByteWriter().uvarint(1).string("k").u8(8).string("a" * (13 << 20) + "\U0001f600")
+    assert refused_metadata(forgery, path, wide.bytes())
     items = varints(1, 1) + b"k\x09\x00" + varints(5_000_000) + bytes(5_000_000)
     assert refused_metadata(forgery, path, items)
 
@@ -584,11 +580,18 @@ def test_chunk_bombs(forgery: Forgery, tmp_path: Path) -> None:
 def test_trailers_by_the_thousand(tmp_path: Path) -> None:
     """Looking for the newest whole commit takes time in proportion to the file."""
     path = tmp_path / "a.tsc"
-    path.write_bytes(Header().write() + Trailer.MAGIC * (1 << 19))
-    start = time.process_time()
-    with pytest.raises(DamagedError, match="no whole index"):
-        tscfile.open(path)
-    assert time.process_time() - start < 4
+    n = 1 << 18
+    at = range(Header.SIZE, Header.SIZE + n * Trailer.SIZE, Trailer.SIZE)
+    for trailers in (
+        Trailer.MAGIC * 4 * n,
+        # Right ones, that name all of the file before them as the index.
+        b"".join(Trailer(Header.SIZE, offset - Header.SIZE).write(offset) for offset in at),
+    ):
+        path.write_bytes(Header().write() + trailers + b"end")
+        start = time.process_time()
+        with pytest.raises(DamagedError, match="no whole index"):
+            tscfile.open(path)
+        assert time.process_time() - start < 8
 
 
 def varints(*values: int) -> bytes:
@@ -612,25 +615,6 @@ def snapshot_start(source: bytes = b"\0") -> bytes:
 def no_tokens() -> bytes:
     """The start of a payload: number 0, no parent, no tokens."""
     return varints(0, 0) + varints(0, 0) + b"\0\0"
-
-
-def packed(structure: bytes) -> bytes:
-    """A structure as the payload of a snapshot without parent ends with it."""
-    frame = zstd.compress(structure, 19, dictionary_of(b""))
-    return ByteWriter().uvarint(len(structure)).raw(frame).bytes()
-
-
-def ids_of(payload: bytes) -> bytes:
-    """What stands before the structure."""
-    reader = ByteReader(payload, "test")
-    reader.uvarint(), reader.uvarint(), TokenIds.read(reader, 0)
-    return payload[: len(payload) - reader.remaining]
-
-
-def structure_of(payload: bytes) -> bytes:
-    reader = ByteReader(payload[len(ids_of(payload)) :], "test")
-    length = reader.uvarint()
-    return zstd.decompress(reader.take(reader.remaining), length, "test", dictionary_of(b""))
 
 
 def refused_metadata(forgery: Forgery, path: Path, source: bytes) -> bool:
@@ -662,6 +646,23 @@ def test_forged_facts_of_the_source(
         code = main(["unpack", str(path), "-o", str(out), "-q", "-f"])
         assert code in (0, 2, 3, 4, 5)
         assert capfd.readouterr().err.count("\n") == (code != 0)
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [{"architecture": ["llama"]}, {"n_layers": "1"}, {"n_heads": []}, {"n_heads": [True]},
+     {"head_dim_k": -1}, {"rope_base": float("nan")}, {"rope_pairing": 1}, {"vocab_size": 1.5}],
+    ids=str,
+)  # fmt: skip
+def test_forged_facts_of_the_model(
+    identity: dict[str, Any], forgery: Forgery, tmp_path: Path
+) -> None:
+    record = read_record(tmp_path / "same.tsc")
+    forgery.snapshots = [with_changes(record, identity=identity)]
+    error = outcome(forgery.write(tmp_path / "a.tsc"))
+    assert isinstance(error, DamagedError) and f"fact {next(iter(identity))}" in str(error)
+    forgery.snapshots = [with_changes(record, identity={"unknown": ["anything"]})]
+    assert outcome(forgery.write(tmp_path / "a.tsc")) is None
 
 
 def test_terminal_codes_are_not_printed(

@@ -40,6 +40,7 @@ from .container.snapshots import (
 from .entropy import zstd
 from .errors import DamagedError, UsageError
 from .history import History
+from .identity import read_identity
 from .model import ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class Archive:
             tracks=tracks,
             source=dict(record.source),
             opaque={entry.name: self.opaque_part(entry, allowance) for entry in record.opaque},
-            identity=ModelIdentity(dict(record.identity)),
+            identity=read_identity(record.identity, f"{self.path}: snapshot {record.number}"),
             exact=all(track.is_exact() for track in tracks),
             n_absent=sum(len(track.absent_positions()) for track in tracks),
         )
@@ -289,8 +290,9 @@ class Archive:
             if record.number not in self._codecs:
                 from .book_codec import BookCodec
 
-                opened = self._book(record.coding, f"{self.path}: snapshot {record.number}")
-                facts = dict(record.identity)
+                where = f"{self.path}: snapshot {record.number}"
+                opened = self._book(record.coding, where)
+                facts = read_identity(record.identity, where).facts
                 if "rope_pairing" in record.coding:
                     facts["rope_pairing"] = record.coding["rope_pairing"]
                 self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
@@ -349,7 +351,7 @@ class Archive:
         for ref in self._container.extras(BOOK):
             data = self._container.read(ref, BOOK)
             if book_id(data).hex() == wanted:
-                return open_bytes(bytes(data), f"{self.path}: book at offset {ref.offset}")
+                return open_bytes(data, f"{self.path}: book at offset {ref.offset}")
         return None
 
     def session_codec(self, basis: int, where: str) -> SessionCodec:

@@ -84,7 +84,8 @@ def compact(
                 "see tsc verify"
             )
         kept = _kept(archive, drop)
-        target, replaces = (path, True) if out is None else (out, force)
+        # Where ``path`` is a link, the file that it leads to is written again, and the link stays.
+        target, replaces = (os.path.realpath(path), True) if out is None else (out, force)
         if tier is not None:
             from .recoding import recode
 
