@@ -9,12 +9,21 @@ import numpy as np
 from blake3 import blake3
 from spec_decoder import ROOT, SPEC, decoder
 
-from tscfile import book_codec, exact_tables, lossy_coding, registry, temporal, tokens
+from tscfile import (
+    archive,
+    blocks,
+    book_codec,
+    exact_tables,
+    lossy_coding,
+    registry,
+    temporal,
+    tokens,
+)
 from tscfile.books import book as books
 from tscfile.books import product
 from tscfile.books.measure import TARGETS
 from tscfile.bytestream import ByteWriter
-from tscfile.container import metadata, reader, records
+from tscfile.container import metadata, reader, records, snapshots
 from tscfile.dtypes import DTYPES, opaque_dtype
 from tscfile.entropy import classed_rans, ints, ladder, refinement, segments, token_ids
 from tscfile.identity import ROPE_PAIRING
@@ -41,7 +50,7 @@ def _names(heading: str) -> dict[int, str]:
 def test_registry_ids() -> None:
     assert _names("Record types") == records.RECORD_NAMES
     assert _names("Codecs") == registry.CODEC_NAMES
-    assert tuple(_names("Roles").values()) == records._ROLES
+    assert tuple(_names("Roles").values()) == snapshots._ROLES
     assert records.KNOWN_FEATURES == 0
     assert {row[1] for row in _table("Feature bits")} == {"–"}
     assert records.CRITICAL == 1
@@ -52,7 +61,8 @@ def test_registry_ids() -> None:
     numbers = [row[0] for row in _table("Token codings")]
     assert numbers == [f"0 to {max(codings.values())}", str(tokens.ADAPTIVE), str(tokens.OF_BOOK)]
     columns = {
-        records._EXT_CODED: "coded", records._EXT_POSITION: "position", records._EXT_TOKEN: "token"
+        snapshots._EXT_CODED: "coded", snapshots._EXT_POSITION: "position",
+        snapshots._EXT_TOKEN: "token",
     }  # fmt: skip
     assert _names("Cell columns") == columns
 
@@ -87,7 +97,7 @@ def test_registry_tiers_and_plans() -> None:
     promised = {row[0]: float(row[3]) for row in _table("Tiers") if row[3] != "–"}
     assert promised == {"lossless": 0} | TARGETS
     assert [row[0] for row in _table("Plans")] == [
-        temporal.KEYFRAME, temporal.APPEND, temporal.TRUNCATE_APPEND
+        temporal.KEYFRAME, temporal.APPEND, temporal.TRUNCATE_APPEND, temporal.SHIFT, temporal.PATCH
     ]  # fmt: skip
 
 
@@ -181,6 +191,12 @@ def test_limits_are_those_of_the_code() -> None:
     assert "| raw length of a chunk, row bytes | 2^30 |" in text
     assert records.MAX_CHUNK_BYTES == 1 << 30
     assert f"| quality layers of a block | {records.MAX_LAYERS} |" in text
+    assert f"| contexts of a snapshot | {records.MAX_CONTEXTS} |" in text
+    assert f"| context count | uvarint | at most {records.MAX_CONTEXTS} |" in text
+    assert records._MOST_SHIFT == (1 << 32) - 1 and "beyond −2^32 and below 2^32" in text
+    assert f"| steps from a block over sources | {archive.MAX_SOURCE_CHAIN} |" in text
+    assert f"Where the next {temporal.LEAST_MOVED} are" in text
+    assert f"less than {blocks.BLOCK_BYTES} bytes for as many" in text
     assert records.MAX_CHUNK_TENSORS == 65535 and "*tensor count*, at most 65535" in text
     assert refinement.MAX_RATIO == 3072
     refinement_page = (SPEC / "codecs" / "book-refinement.md").read_text(encoding="utf-8")
@@ -194,9 +210,9 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"payload of {records.ALIGNED_FROM} bytes or more" in text
     assert reader._SLACK_BYTES == 1 << 25 and "2 × file size + 2^25 bytes" in text
     said = {int(n) for n in re.findall(r"(\d+) an? (?!ints)[a-z]", text)}
-    names = {**vars(records), **vars(metadata)}
+    names = {**vars(records), **vars(snapshots), **vars(metadata)}
     counted = {value for name, value in names.items() if name.endswith("_MEMORY")}
-    assert len(counted) > 8 and counted <= said
+    assert len(counted) > 7 and counted <= said
 
 
 def test_codec_pages_have_the_same_headings() -> None:
@@ -204,7 +220,7 @@ def test_codec_pages_have_the_same_headings() -> None:
         page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
         for page in (SPEC / "codecs").glob("*.md")
     }
-    assert len(headings) == 11
+    assert len(headings) == 12
     assert len({tuple(found) for found in headings.values()}) == 1, headings
 
 

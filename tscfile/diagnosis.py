@@ -29,7 +29,6 @@ from .container.survey import UNREADABLE, Flaw
 from .errors import DamagedError, TscError, UsageError
 from .recovery import Recovery
 from .registry import OF_BOOK, PRODUCT, SESSION_TRANSFORM
-from .rewriting import all_tokens
 
 Progress = Callable[[int], None]
 
@@ -147,6 +146,7 @@ class Diagnosis:
         self.records: dict[int, SnapshotRecord] = {}
         self.bad = _Hits()
         self.undecoded: set[int] = set()
+        self._n_frames = sum(entry.n_frames for entry in self.archive.container.blocks)
         # Where the book in the file is damaged, that is what there is to say.
         self._needs_books = needs_books and all(map(self._is_readable, self._books()))
         self._errors: dict[object, TscError] = {}
@@ -172,6 +172,7 @@ class Diagnosis:
             self._leads[number] = self._read_leads(number)
             try:
                 record = self.archive.record(number)
+                self._check_cells(record)
                 if not quick:
                     self._check_tokens(record)
             except TscError as error:
@@ -213,10 +214,21 @@ class Diagnosis:
             return set()
         return {other for other in (head.parent, head.dictionary) if other is not None}
 
+    def _check_cells(self, record: SnapshotRecord) -> None:
+        if self.recovery.is_rebuilt:
+            # Runs may speak of blocks that are not known.
+            return
+        if any(len(track.cells) > self._n_frames for track in record.tracks):
+            raise DamagedError(
+                f"{self._where(record)}: a track of more cells than the file has frames; damaged"
+            )
+
     def _check_tokens(self, record: SnapshotRecord) -> None:
         """Tokens can be had, and frames that are not stored have all that they are made from."""
         try:
-            tokens, *_ = all_tokens(self.archive, record)
+            # One at a time: together they may be many times what is in the file.
+            for context in range(len(record.head.contexts), -1, -1):
+                tokens = self.archive.tokens(record.number, context)
         except UsageError:
             if self._needs_books:
                 raise

@@ -23,7 +23,7 @@ HEAD = "| offset | bytes | field | meaning |\n|---:|---|---|---|\n"
 KINDS = {1: "chunk", 2: "opaque", 3: "snapshot", 4: "index", 5: "basis", 6: "book", 7: "codebooks"}
 CODECS = {
     0: "raw", 1: "fields+classed-rans", 2: "book-transform", 3: "session-transform",
-    4: "book-refinement", 5: "book-exact", 6: "product",
+    4: "book-refinement", 5: "book-exact", 6: "product", 7: "difference",
 }  # fmt: skip
 MOST_SHOWN = 100
 METADATA_TYPES = {7: "bool", 8: "string", 9: "array", 10: "u64", 11: "i64", 12: "f64"}
@@ -54,6 +54,11 @@ class Walk:
     def uvarint(self, field: str, meaning: str = "{}") -> int:
         value = int(self.c.uvarint())
         self.say(field, meaning.format(value))
+        return value
+
+    def svarint(self, field: str) -> int:
+        value = int(self.c.zigzag())
+        self.say(field, value)
         return value
 
     def u8(self, field: str, meanings: dict[int, str] | None = None) -> int:
@@ -269,6 +274,49 @@ def product_body(w: Walk, n: int, row_bytes: list[int], part: Part) -> None:
         w.say(f"frame {frame}", codes if form else "exact: its rows")
 
 
+def difference_body(w: Walk, n: int, row_bytes: list[int], part: Part) -> None:
+    """Streams without rANS, as small ones are."""
+    if w.u8("turn: kind", {0: "none", 1: "neox", 2: "norm"}):
+        mixed = w.c.u8()
+        w.say("mixed", f"{mixed}: blocks of {1 << mixed}" if mixed else "0: not")
+        w.uvarint("head")
+        pairs = w.uvarint("pairs")
+        for field in ("cosines", "sines"):
+            values = np.array(w.c.fixed(f"{pairs}i"))
+            w.say(field, f"{numbers(np.round(np.ldexp(values.astype(float), -28), 4))}")
+    modes: list[int] = []
+    while len(modes) < len(row_bytes):
+        count = w.uvarint("run: tensors")
+        modes += count * [w.u8("mode", {0: "as predicted", 1: "differences", 2: "by itself"})]
+    tensors = part.file.snapshots[0]["tracks"][0]["tensors"]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (mode, tensor) in enumerate(zip(modes, tensors, strict=True)):
+        if mode:
+            groups.setdefault((mode, *tensor[1:3]), []).append(i)
+    for (mode, role, type_), members in groups.items():
+        assert mode == 1
+        values = np.zeros((n, sum(row_bytes[i] for i in members)), np.uint8)
+        of = f"{('keys', 'values')[role]} ({w.decoder.ELEMENT_TYPES[type_]})"
+        for name, (bits, like) in zip(
+            ("pattern",) if type_ in w.decoder.FLOATS else ("scale", "codes"),
+            w.decoder.split_fields(values, type_), strict=True,
+        ):  # fmt: skip
+            stream(w, f"{of}, {name}", "near", min(bits, 8), like.shape)
+
+
+def stream(w: Walk, of: str, what: str, bits: int, shape: tuple[int, ...]) -> None:
+    """A near stream, and the far one that it may ask for."""
+    data = w.c.take(w.uvarint(f"{of}: length"))
+    found = w.decoder.decode_stream(data, bits, *shape)
+    places = np.argwhere(found).tolist()
+    shown = ", ".join(f"{found[i, j]} of frame {i}, column {j}" for i, j in places)
+    if what == "far":
+        shown = ", ".join(map(str, found[:, 0].tolist()))
+    w.say(what, shown or "all 0")
+    if what == "near" and bits == 8 and (found == 255).any() and "codes" not in of:
+        stream(w, of, "far", 16, (int((found == 255).sum()), 1))
+
+
 def opaque(w: Walk, part: Part) -> None:
     w.frame("content", "")
 
@@ -310,21 +358,31 @@ def basis_frame(w: Walk) -> list[list[int]]:
 
 def snapshot(w: Walk, part: Part) -> None:
     number = w.uvarint("number")
-    parent = w.c.uvarint()
-    w.say("parent", f"{parent}: snapshot {parent - 1}" if parent else "0: none")
+    others = []
+    for field in ("parent", "dictionary"):
+        others.append(w.c.uvarint())
+        w.say(field, f"{others[-1]}: snapshot {others[-1] - 1}" if others[-1] else "0: none")
+    token_fields(w, part.file.snapshots[number]["tokens"].tolist())
+    for context in range(w.uvarint("context count")):
+        source = w.c.uvarint()
+        of = f"context {source}" if source else "the tokens"
+        w.say(f"context {context + 1}: source", f"{source}: {of} of the parent")
+        token_fields(w, part.file.snapshots[number]["contexts"][context].tolist())
+    w.uvarint("structure length")
+    like = f"the structure of snapshot {others[1] - 1}" if others[1] else "the usual metadata"
+    w.frame("structure", f"literals, and copies from {like} and from the structure itself")
+
+
+def token_fields(w: Walk, found: list[int]) -> None:
+    """``found``: what they stand for."""
     w.uvarint("kept tokens")
     n_new = w.uvarint("new tokens")
     names = {0: "runs", 1: "values", 2: "differences", 3: "adaptive", 4: "of book"}
     coding = w.u8("token coding", names)
-    length = w.uvarint("token length")
-    found = part.file.snapshots[number]["tokens"].tolist()
-    data = w.c.take(length)
+    data = w.c.take(w.uvarint("token length"))
     runs = f"{runs_of(w.decoder, data)} → " if not coding else ""
     new = f"{runs}{found[len(found) - n_new :]}"
     w.say("token ids", new if n_new == len(found) else f"{new}; with those kept {found}")
-    w.uvarint("structure length")
-    source = f"the structure of snapshot {parent - 1}" if parent else "the usual metadata"
-    w.frame("structure", f"literals, and copies from {source} and from the structure itself")
 
 
 def structure(w: Walk, part: Part) -> None:
@@ -345,12 +403,7 @@ def structure(w: Walk, part: Part) -> None:
             w.uvarint("row bytes")
             rotation = w.c.uvarint()
             w.say("rotation", f"{rotation}: {('not told', 'none')[rotation]}")
-        n = 0
-        for _ in range(w.uvarint("frame run count")):
-            w.uvarint("frame run: block")
-            w.uvarint("frame run: first")
-            n += w.uvarint("frame run: count")
-        n_ids = 0
+        n, n_ids = frame_runs(w, "frame run"), 0
         for field in ("positions", "sequence counts", "sequence ids"):
             values = integers(w, n if field != "sequence ids" else n_ids, field)
             n_ids = int(values.sum())
@@ -362,6 +415,20 @@ def structure(w: Walk, part: Part) -> None:
         w.c.take(16)
         content = part.file.snapshots[part.number]["opaque"][name]
         w.say("id", f"BLAKE3 of `{content.decode()}`")
+
+
+def frame_runs(w: Walk, field: str, contexts: bool = True) -> int:
+    """How many frames they are."""
+    n = expected = 0
+    for _ in range(w.uvarint(f"{field} count")):
+        apart = w.c.zigzag()
+        w.say(f"{field}: block", f"{apart}: block {expected + apart}")
+        expected += apart + 1
+        w.uvarint(f"{field}: first")
+        n += w.uvarint(f"{field}: count")
+        if contexts and w.uvarint(f"{field}: context", "{}"):
+            w.svarint(f"{field}: shift")
+    return n
 
 
 def metadata(w: Walk, field: str) -> None:
@@ -405,9 +472,9 @@ def index(w: Walk, part: Part) -> None:
         w.uvarint("frame count")
         absent = w.decoder.is_absent(part.file.blocks[number])
         w.c.take(16)
-        exact = {chunk["codec"] for chunk in part.file.blocks[number]["chunks"][-1:]} <= {0, 1, 5}
-        of = f"BLAKE3 of the {'rows' if exact else 'payloads'} of block {number}"
-        w.say("content id", f"block {number} is absent" if absent else of)
+        of = f"BLAKE3 of the rows packed into block {number}"
+        unknown = f"block {number} is absent" if absent else "the rows packed are not known"
+        w.say("content id", of if any(part.file.blocks[number]["content_id"]) else unknown)
         none = not any(w.c.take(16))
         w.say("logical id", "none" if none else logical(part, number))
         for _ in range(w.uvarint("chunk count")):
@@ -419,6 +486,8 @@ def index(w: Walk, part: Part) -> None:
             w.uvarint("first tensor")
             w.uvarint("tensor count")
             w.uvarint("raw length")
+        if part.file.blocks[number]["sources"]:
+            frame_runs(w, "source run", contexts=False)
     w.uvarint("first snapshot")
     for _ in range(w.uvarint("snapshot count")):
         reference(w, "snapshot")
@@ -432,7 +501,7 @@ def logical(part: Part, number: int) -> str:
     """What the logical id of a block is of, by the first snapshot that has its frames."""
     for saved in part.file.snapshots:
         at = 0
-        for block, first, count in saved["tracks"][0]["runs"]:
+        for block, first, count, *_ in saved["tracks"][0]["runs"]:
             if block == number:
                 tokens = saved["tokens"][: at - first + part.file.blocks[number]["frames"]]
                 return f"BLAKE3 of seed, tokens {numbers(tokens)}, start {at - first}"
@@ -447,7 +516,10 @@ def numbers(values: Any) -> str:
 PAYLOADS = {
     "chunk": chunk, "opaque": opaque, "snapshot": snapshot, "index": index, "basis": basis,
 }  # fmt: skip
-BODIES = {0: raw_body, 1: fields_body, 3: session_body, 5: exact_body, 6: product_body}
+BODIES = {
+    0: raw_body, 1: fields_body, 3: session_body, 5: exact_body, 6: product_body,
+    7: difference_body,
+}  # fmt: skip
 
 
 # --- the page ---------------------------------------------------------------------------------

@@ -61,9 +61,10 @@ class TokenIds:
         writer.u8(self.coding).uvarint(len(self.data)).raw(self.data)
 
     @classmethod
-    def read(cls, reader: ByteReader) -> TokenIds:
+    def read(cls, reader: ByteReader, claims_kept: bool = True) -> TokenIds:
+        """``claims_kept``: is there to be memory for the kept ones too?"""
         kept, count = (reader.uvarint(limit=0x7FFFFFFF) for _ in range(2))
-        reader.claim(_TOKEN_MEMORY * (kept + count))
+        reader.claim(_TOKEN_MEMORY * (kept * claims_kept + count))
         return cls(kept, count, reader.u8(), bytes(reader.take(reader.uvarint())))
 
 
@@ -81,7 +82,8 @@ class Context:
 
     @classmethod
     def read(cls, reader: ByteReader) -> Context:
-        return cls(reader.uvarint(limit=MAX_CONTEXTS), TokenIds.read(reader))
+        # They are decoded one at a time, and a parent's list was claimed with the parent.
+        return cls(reader.uvarint(limit=MAX_CONTEXTS), TokenIds.read(reader, claims_kept=False))
 
 
 @dataclass
