@@ -273,7 +273,7 @@ class ArchivedTrack:
             return
         if is_exact(entry):
             self._archive.check_content(number, self.block_rows(number))
-        lossy = [chunk for chunk in entry.chunks if chunk.codec in registry.LOSSY]
+        lossy = lossy_chunks(entry)
         if not lossy:
             return
         where, payloads = self.lossy_payloads(number, lossy[-1])
@@ -311,6 +311,11 @@ def is_exact(block: BlockEntry) -> bool:
 
 def are_exact(chunks: Sequence[ChunkEntry]) -> bool:
     return all(chunk.codec not in registry.LOSSY for chunk in chunks)
+
+
+def lossy_chunks(block: BlockEntry) -> list[ChunkEntry]:
+    """The chunks of a block's lossy layers, one a layer, the base first."""
+    return [chunk for chunk in block.chunks if chunk.codec in registry.LOSSY]
 
 
 def is_absent(block: BlockEntry) -> bool:
