@@ -123,6 +123,17 @@ def test_the_one_tier_of_a_save_that_shares_layers(layered: Path, tmp_path: Path
     assert same(rows_of(path, "lossless"), rows_of(layered, "lossless"))
 
 
+def test_layers_that_no_save_reads_any_more_are_no_damage(tmp_path: Path) -> None:
+    """The basis of the coarser ones goes with the save that named it."""
+    path = tmp_path / "a.tsc"
+    tscfile.pack(SERIES[0], path, tier=["near", "lossless"], identity=identity_from_gguf(MODEL))
+    assert not tscfile.append(SERIES[0], path, tier="lossless").n_frames_new
+    tscfile.compact(path, drop=[0])
+    assert not verify(path).problems
+    tscfile.unpack(path, tmp_path / "back.kv")
+    assert (tmp_path / "back.kv").read_bytes() == SERIES[0].read_bytes()
+
+
 def test_part_of_a_layer_is_what_the_whole_says(layered: Path) -> None:
     whole = rows_of(layered, "balanced")
     with Archive(layered, book=BOOK) as archive:

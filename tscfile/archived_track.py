@@ -196,6 +196,11 @@ class ArchivedTrack:
         return self._archive.session_product(codebook, where)
 
     @property
+    def n_layers(self) -> int:
+        """Quality layers of the snapshot."""
+        return len(self._owner.layers)
+
+    @property
     def archive(self) -> Archive:
         return self._archive
 
@@ -274,7 +279,8 @@ class ArchivedTrack:
         if is_exact(entry):
             self._archive.check_content(number, self.block_rows(number))
         lossy = lossy_chunks(entry)
-        if not lossy:
+        if not lossy or (is_exact(entry) and self.n_layers == 1):
+            # An exact snapshot has no use for coarser layers, nor names what they are coded with.
             return
         where, payloads = self.lossy_payloads(number, lossy[-1])
         if lossy[-1].codec == registry.PRODUCT:
