@@ -53,7 +53,7 @@ def append_chain(draw: st.DrawFn, first: Snapshot, path: Path, **options: Any) -
     return held
 
 
-@own.examples(150)
+@own.examples(60)
 @given(st.data(), st.booleans())
 def test_lossless_ways(folder: Path, data: st.DataObject, small_blocks: bool) -> None:
     """Packed, appended, compacted, salvaged."""
@@ -79,7 +79,7 @@ def test_lossless_ways(folder: Path, data: st.DataObject, small_blocks: bool) ->
     check_holds(out, [*kept, more])
 
 
-@own.examples(12)
+@own.examples(8)
 @given(st.data())
 def test_lossless_ways_with_a_book(folder: Path, data: st.DataObject) -> None:
     """Whatever the rows of a model's tensors are, its book loses nothing of them."""

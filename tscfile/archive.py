@@ -195,7 +195,8 @@ class Archive:
                 f"{self.path}: snapshot {record.number} has no tier {tier}; "
                 f"it has {', '.join(names)}"
             )
-        return names.index(tier)
+        # Blocks shared with a snapshot of more layers have the finest one last.
+        return -1 if tier == names[-1] else names.index(tier)
 
     def read(
         self,

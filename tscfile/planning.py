@@ -161,6 +161,10 @@ class _Planner:
             # Moved keys are other rows: a base at best.
             if moved or not self._may_need(old, run.block):
                 return none, False
+            lossy = coding.lossy if entry.n_layers > 1 else None
+            if lossy is not None and not lossy.takes(old, run):
+                # Its coarser layers are of another book, or of a basis where a book is given.
+                return none, False
             return _same_rows(old, run, track.read(*span)), False
         if coding.lossy is None or coding.finest.exact or not coding.lossy.takes(old, run):
             # A lossless save takes nothing from a lossy one.
