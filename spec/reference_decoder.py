@@ -50,6 +50,7 @@ MOST_RAW = 1 << 30
 MOST_LOSSY = 1 << 25
 MOST_CONTEXTS = 64
 MOST_SOURCE_CHAIN = 8
+MOST_SOURCE_WAYS = 256
 
 
 class Rejected(Exception):
@@ -396,8 +397,9 @@ class File:
     def _check_block(self, number, tensors, snapshot):
         """Of a block whose frames a track has, and all that it is a difference to: sections 7.3,
         7.6, 8 and 13."""
-        level, chain = {number}, 0
+        level, chain, found = {number}, 0, set()
         while level:
+            found |= level
             need(chain <= MOST_SOURCE_CHAIN, "chain of sources")
             for block in (self.blocks[each] for each in level):
                 if not is_absent(block):
@@ -410,6 +412,11 @@ class File:
                     self._check_source(run)
             level = {source for each in level for source, *_ in self.blocks[each]["sources"]}
             chain += 1
+        ways = {}
+        for each in sorted(found):
+            sources = {source for source, *_ in self.blocks[each]["sources"]}
+            ways[each] = sum(1 + ways[source] for source in sources)
+            need(ways[each] <= MOST_SOURCE_WAYS, "ways to sources")
 
     def _check_source(self, run):
         """Section 8."""

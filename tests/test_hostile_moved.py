@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from blake3 import blake3
+from conftest import make_snapshot, same_state
 from spec_decoder import SPEC, VALID, assert_same, decoder, load
 from test_hostile import mutations, outcome
 
+import tscfile
+from tscfile import compaction, storing
 from tscfile.archive import Archive
 from tscfile.bytestream import ByteWriter
 from tscfile.container.records import CHUNK, BlockEntry, FrameRun, Index
@@ -157,6 +160,41 @@ def test_claims_of_sources_are_bounded(invalid: Any, tmp_path: Path) -> None:
 
     path.write_bytes(invalid.small(**invalid.with_difference(index=claims)))
     assert isinstance(outcome(path), DamagedError)
+
+
+def test_writers_keep_to_the_limit_of_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would have too many is stored by itself, when it is packed and when it is compacted."""
+    path, out = tmp_path / "a.tsc", tmp_path / "b.tsc"
+    saves = [make_snapshot(100, n_layers=1, n_channels=64)]
+    for _ in range(2):
+        (track,) = saves[-1].tracks
+        rows = [part.copy() for part in track.read(0, 100)]
+        rows[0][30:60, 0] ^= 1
+        saves.append(replace(saves[-1], tracks=[replace(track, rows=rows)]))
+    monkeypatch.setattr(storing, "MAX_SOURCE_WAYS", 1)
+    tscfile.pack(saves[0], path)
+    assert [tscfile.append(save, path).plan for save in saves[1:]] == ["patch", "patch"]
+    assert sources_in(path, saves) == [0, 1, 0]
+    monkeypatch.setattr(storing, "MAX_SOURCE_WAYS", 2)
+    path.unlink()
+    tscfile.pack(saves[0], path)
+    for save in saves[1:]:
+        tscfile.append(save, path)
+    assert sources_in(path, saves) == [0, 1, 1]
+    tscfile.compact(path, out)
+    assert sources_in(out, saves)[-2:] == [1, 1]
+    monkeypatch.setattr(compaction, "MAX_SOURCE_WAYS", 1)
+    tscfile.compact(path, out, force=True)
+    assert sources_in(out, saves)[-2:] == [1, 0]
+
+
+def sources_in(path: Path, saves: list[Any]) -> list[int]:
+    """How many runs of sources each block has."""
+    with Archive(path) as archive:
+        assert all(map(same_state, archive, saves))
+        return [len(entry.sources) for entry in archive.container.blocks]
 
 
 def test_the_type_of_a_difference_is_that_of_the_first_tensor(make: Any, tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"| context count | uvarint | at most {records.MAX_CONTEXTS} |" in text
     assert records._MOST_SHIFT == (1 << 32) - 1 and "beyond −2^32 and below 2^32" in text
     assert f"| steps from a block over sources | {archive.MAX_SOURCE_CHAIN} |" in text
+    assert f"| ways from a block over sources | {archive.MAX_SOURCE_WAYS} |" in text
     assert f"Where the next {temporal.LEAST_MOVED} are" in text
     assert f"less than {blocks.BLOCK_BYTES} bytes for as many" in text
     assert records.MAX_CHUNK_TENSORS == 65535 and "*tensor count*, at most 65535" in text

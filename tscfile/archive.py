@@ -57,6 +57,10 @@ _CACHED_SOURCES = 16 << 20
 MAX_SOURCE_CHAIN = 8
 """Differences of blocks to blocks that are differences themselves."""
 
+MAX_SOURCE_WAYS = 256
+"""Blocks behind a difference, each as often as there is a way to it: a reader that does not keep
+what it decoded decodes so many."""
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -100,6 +104,7 @@ class Archive:
         self.torn_bytes = self._container.torn_bytes
         self._history = History(self._container, self._lock, self._token_coder, self._check_runs)
         self._source_rows: dict[int, list[Rows]] = {}
+        self._source_ways: dict[int, int] = {}
         # Decoding a chunk takes a few times its size, on every core.
         self._max_chunk = max(blocks.MOST_CHUNK_BYTES, self.size // 4)
 
@@ -475,6 +480,8 @@ class Archive:
         has_book = isinstance(record.coding.get("book"), str)
         for number in self.with_sources(numbers):
             block = self._container.blocks[number]
+            if self.source_ways(block.sources) > MAX_SOURCE_WAYS:
+                raise DamagedError(f"{where}: is a difference to too many others; damaged")
             self._check_chunks(block, track, where)
             if not all(is_exact(self.block(run)) for run in block.sources):
                 raise DamagedError(f"{where}: has a difference to frames of a lossy tier; damaged")
@@ -494,6 +501,16 @@ class Archive:
             if not level:
                 return sorted(found)
         raise DamagedError(f"{self.path}: a chain of too many differences to blocks; damaged")
+
+    def source_ways(self, sources: Iterable[FrameRun]) -> int:
+        """How many blocks there are behind a difference to ``sources``, each as often as there is a
+        way to it."""
+        direct = {run.block for run in sources}
+        for number in self.with_sources(direct):
+            if number not in self._source_ways:
+                behind = {run.block for run in self._container.blocks[number].sources}
+                self._source_ways[number] = sum(1 + self._source_ways[each] for each in behind)
+        return sum(1 + self._source_ways[number] for number in direct)
 
     def n_sources(self, number: int) -> int:
         """How long the chain of differences is that a block is read with."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, files, registry, temporal
-from .archive import Archive
+from .archive import MAX_SOURCE_WAYS, Archive
 from .archived_track import ArchivedTrack, is_absent
 from .container.records import BASIS, BOOK, CODEBOOKS, BlockEntry, FrameRun, checksum
 from .container.snapshots import (
@@ -137,6 +137,8 @@ class _Compactor:
                 self._users.setdefault(run.block, set()).add(record.coding.get("book"))
         # Of each old block the new block and frame of each of its frames; -1: not placed yet.
         self._places: dict[int, NDArray[np.int64]] = {}
+        # Of each new block that is a difference, `Archive.source_ways` of its sources.
+        self._ways: dict[int, int] = {}
 
     def run(self) -> None:
         self._copy_extras()
@@ -222,8 +224,11 @@ class _Compactor:
         """Store a block that is coded as a difference, as one if what it is one to is kept."""
         entry, places = self._archive.container.blocks[number], self._places_of(number)
         sources = self._plan(entry.sources)
-        if (sources.block >= 0).all():
+        # The sources may be in more blocks than they were.
+        ways = sum(1 + self._ways.get(each, 0) for each in set(sources.block.tolist()))
+        if (sources.block >= 0).all() and ways <= MAX_SOURCE_WAYS:
             new = self._copier.block(number, sources=sources.runs())
+            self._ways[new] = ways
         else:
             chunks = encode_exact(track.block_rows(number), track.tensors, None, 0)
             new = self._writer.add_block(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blocks, tokens, workers
-from .archive import Archive
+from .archive import MAX_SOURCE_WAYS, Archive
 from .archived_track import ArchivedTrack
 from .coding import Coding
 from .container.records import MAX_BLOCK_FRAMES, FrameRun
@@ -175,6 +175,9 @@ class _FrameStore:
         first = int(self.plan.base[start])
         if first < 0 or self.old is None:
             return chunks, ()
+        sources = cut_runs(self.old.runs, first, first + stop - start)
+        if self.old.archive.source_ways(sources) > MAX_SOURCE_WAYS:
+            return chunks, ()
         base = self.old.read(first, first + stop - start)
         shift = int(self.plan.moved[start])
         made = encode_difference(
@@ -182,7 +185,7 @@ class _FrameStore:
         )
         if made is None:
             return chunks, ()
-        return [made], cut_runs(self.old.runs, first, first + stop - start)
+        return [made], sources
 
 
 def _store_opaque(

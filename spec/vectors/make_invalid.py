@@ -268,6 +268,24 @@ def chain_of(length: int) -> dict[str, Any]:
     return with_difference(((length - 1, 0, 2),), before, length)
 
 
+def web_of(levels: int) -> dict[str, Any]:
+    """A difference to two blocks, which are differences to two others, and so on."""
+
+    def before(draft: Draft) -> None:
+        pairs = [(exact_block(draft), exact_block(draft))]
+        for _ in range(levels - 1):
+            chunks, (a, b) = coded(registry.DIFFERENCE, NO_DIFFERENCE), pairs[-1]
+            runs = FrameRun(a, 0, 1), FrameRun(b, 1, 1)
+            made = [
+                draft.block(chunks(raw_chunk(ROWS, 1)), blocks.content_id(ROWS), runs)
+                for _ in range(2)
+            ]
+            pairs.append((made[0], made[1]))
+
+    last = 2 * levels
+    return with_difference(((last - 2, 0, 1), (last - 1, 1, 1)), before, last)
+
+
 def coded_block(codec: int, body: bytes = b"", n_layers: int = 1) -> Callable[[Draft], int]:
     return lambda draft: draft.block(coded(codec, body)(raw_chunk(ROWS * n_layers, 1)))
 
@@ -369,7 +387,7 @@ CONTEXTS = (
 )
 SOURCES = (
     "sources of a block that are not all in blocks before it, are not as many frames as it has, or "
-    "whose last layer is not exact; a chain of more than 8 blocks that are sources of each other"
+    "whose last layer is not exact; more than 8 steps or 256 ways from a block over sources"
 )
 CODINGS = "an unknown role, cell column coding, ints coding, token coding or plane coding"
 STRUCTURE = (
@@ -470,6 +488,7 @@ RULES = (
     Rule("source-outside-block", RUNS, "frames 1 and 2 of a block of two are sources",
          with_difference(((0, 1, 2),))),
     Rule("source-chain", SOURCES, "the difference to a difference, nine in all", chain_of(9)),
+    Rule("source-ways", SOURCES, "510 ways from a block to its sources and theirs", web_of(8)),
     Rule("source-lossy", SOURCES, "the sources are of codec 2", with_book(
         book_bytes(), before=coded_block(registry.BOOK_TRANSFORM, b"\2\x88\x13", 2),
         chunks=coded(registry.DIFFERENCE, b"\0\4\0"), sources=(FrameRun(0, 0, 2),),
@@ -627,7 +646,8 @@ SOUND: dict[str, dict[str, Any]] = {
     "facts": {"record": of_record(source={"format": "example", "fact": [True], "formaa": 1})},
     "an extra": {"extras": lambda draft: draft.extra(99, b"new")},
     "absent frames": {"blocks": absent}, "a difference": with_difference(),
-    "a chain": chain_of(8), "a context": in_context((0, 0, 2, 1, 5)), "a parent": {"earlier": same},
+    "a chain": chain_of(8), "many ways": web_of(7), "a parent": {"earlier": same},
+    "a context": in_context((0, 0, 2, 1, 5)),
     "a first position": in_context((0, 0, 2, 1, 1 << 31), cells=plain_cells(2)),
 }  # fmt: skip
 """Changes that break no rule, on which the others build: what a reader rejects is not these."""
