@@ -151,18 +151,20 @@ class Archive:
                 + (f", 0 to {n - 1}" if n else "")
             )
         wanted = number % n
-        # A record is told from its parent's, so parents come first; a loop, as chains are long.
-        pending = [] if wanted in self._records else [wanted]
-        while pending:
-            payload, where = self._payload(pending[-1])
-            parent = SnapshotRecord.read_parent(payload, where)
-            if parent is not None and parent not in self._records:
-                if parent >= pending[-1]:
-                    raise DamagedError(f"{where}: names itself or a later one as parent; damaged")
-                pending.append(parent)
-                continue
-            self._load(pending.pop(), payload, parent, where)
-        return self._records[wanted][0]
+        # Several threads ask, and what one reads may push out what another has just found.
+        with self._lock:
+            # A record is told from its parent's, so parents come first; a loop: chains are long.
+            pending = [] if wanted in self._records else [wanted]
+            while pending:
+                payload, where = self._payload(pending[-1])
+                parent = SnapshotRecord.read_parent(payload, where)
+                if parent is not None and parent not in self._records:
+                    if parent >= pending[-1]:
+                        raise DamagedError(f"{where}: its parent is itself or comes later; damaged")
+                    pending.append(parent)
+                    continue
+                self._load(pending.pop(), payload, parent, where)
+            return self._records[wanted][0]
 
     def structure(self, number: int) -> bytes:
         """The structure of a snapshot's record, against which its children's are compressed."""

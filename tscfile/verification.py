@@ -58,26 +58,34 @@ def verify(
         report.n_snapshots = len(archive)
         report.n_blocks = len(archive.container.blocks)
         report.n_absent = sum(b.n_frames for b in archive.container.blocks if is_absent(b))
-        tracks = _check_snapshots(archive, report)
+        users = _check_snapshots(archive, report)
         if not quick:
             # A book that is not at hand is no damage of the file: found out before the blocks.
-            for track in tracks.values():
-                track.find_book()
-        if not quick:
+            for user in sorted(set(users.values())):
+                _track(archive, user).find_book()
             _check_records(archive, report)
-            _check_blocks(archive, tracks, report, progress)
+            _check_blocks(archive, users, report, progress)
         return report
 
 
-def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, ArchivedTrack]:
-    """Read every snapshot record; returns for each block in use a track that uses it."""
-    tracks: dict[int, ArchivedTrack] = {}
+_User = tuple[int, int]
+"""A track of a snapshot by number. Not the track itself: records of all snapshots together may take
+any amount of memory."""
+
+
+def _track(archive: Archive, user: _User) -> ArchivedTrack:
+    record = archive.record(user[0])
+    return ArchivedTrack(archive, record.tracks[user[1]], record)
+
+
+def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, _User]:
+    """Read every snapshot record; returns for each block in use the last track that uses it."""
+    users: dict[int, _User] = {}
     for number in range(len(archive)):
         try:
             record = archive.record(number)
-            for part in record.tracks:
-                track = ArchivedTrack(archive, part, record)
-                tracks |= {run.block: track for run in part.runs}
+            for i, part in enumerate(record.tracks):
+                users |= {run.block: (number, i) for run in part.runs}
             if not report.quick:
                 _check_tokens(archive.snapshot(number), f"{archive.path}: snapshot {number}")
         except UsageError:
@@ -85,7 +93,7 @@ def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, Archiv
             raise
         except TscError as error:
             report.problems.append(str(error))
-    return tracks
+    return users
 
 
 def _check_tokens(snapshot: Snapshot, where: str) -> None:
@@ -101,12 +109,20 @@ def _check_tokens(snapshot: Snapshot, where: str) -> None:
 
 def _check_blocks(
     archive: Archive,
-    tracks: dict[int, ArchivedTrack],
+    users: dict[int, _User],
     report: VerifyReport,
     progress: Callable[[int], None] | None,
 ) -> None:
-    def check(number: int) -> str | None:
-        track = tracks.get(number)
+    # Blocks of one track after another, so that its record is read once.
+    order = sorted(range(report.n_blocks), key=lambda number: (users.get(number, (-1, 0)), number))
+
+    def tasks() -> Iterator[tuple[int, ArchivedTrack | None]]:
+        for number in order:
+            user = users.get(number)
+            yield number, None if user is None else _track(archive, user)
+
+    def check(task: tuple[int, ArchivedTrack | None]) -> str | None:
+        number, track = task
         if track is None:
             return None
         try:
@@ -115,13 +131,14 @@ def _check_blocks(
             return str(error)
         return None
 
-    for entry, problem in zip(
-        archive.container.blocks, workers.in_order(check, range(report.n_blocks)), strict=True
-    ):
+    problems = {}
+    for number, problem in zip(order, workers.in_order(check, tasks()), strict=True):
         if problem:
-            report.problems.append(problem)
+            problems[number] = problem
         if progress:
+            entry = archive.container.blocks[number]
             progress(sum(chunk.raw_length for chunk in entry.chunks))
+    report.problems += [problems[number] for number in sorted(problems)]
 
 
 def _check_records(archive: Archive, report: VerifyReport) -> None:
