@@ -204,6 +204,9 @@ class Rebuilt:
         made = structure
         for before, after in self.refs.items():
             made = made.replace(_ref(before), _ref(after))
+        for sum_before, sum_after in self.sums.items():
+            # Bases and codebooks are named in a snapshot's coding.
+            made = made.replace(_name(sum_before), _name(sum_after))
         changed = edit(ids + made)
         ids, made = changed[: len(ids)], changed[len(ids) :]
         self.structures[head.number] = (structure, made)
@@ -212,6 +215,10 @@ class Rebuilt:
 
 def _sum(payload: bytes) -> bytes:
     return checksum(payload).to_bytes(8, "little")
+
+
+def _name(sum_: bytes) -> bytes:
+    return b"%016x" % int.from_bytes(sum_, "little")
 
 
 def _ref(ref: RecordRef) -> bytes:

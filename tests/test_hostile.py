@@ -39,6 +39,7 @@ from tscfile.container.records import (
 )
 from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord
 from tscfile.container.writer import ContainerWriter
+from tscfile.description import describe
 from tscfile.entropy import zstd
 from tscfile.errors import DamagedError, TscError, UnsupportedError
 from tscfile.model import Snapshot, TensorSpec
@@ -489,6 +490,36 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     assert refused_metadata(forgery, path, wide.bytes())
     items = varints(1, 1) + b"k\x09\x00" + varints(5_000_000) + bytes(5_000_000)
     assert refused_metadata(forgery, path, items)
+
+
+@pytest.mark.parametrize("what", ["source", "coding", "tracks"])
+def test_claims_of_many_snapshots_do_not_add_up(what: str, tmp_path: Path) -> None:
+    """What each may take is not taken for all at once: a hundred bytes a snapshot would do."""
+    path, n_items, n_frames = tmp_path / "a.tsc", 100_000, 65_000
+    items = varints(1, 1) + b"k\x09\x00" + varints(n_items) + bytes([200]) * n_items
+    with path.open("w+b") as file:
+        writer = ContainerWriter(file.fileno())
+        for number in range(80):
+            writer.add_block(n_frames, bytes(16), bytes(16), [])
+            tracks = varints(0)
+            if what == "tracks":
+                cells = coded_run(n_frames) + coded_run(n_frames, start=1) + coded_run(n_frames)
+                tracks = varints(1, 0, 0, 0, 0, 1, number, 0, n_frames) + cells + varints(4)
+                tracks += b"\1" * 4
+            facts = [items if name == what else b"\0" for name in ("source", "identity", "coding")]
+            structure = varints(0, 0, 0) + b"".join(facts) + tracks + varints(0)
+            writer.add_snapshot(varints(number, 0, 0, 0) + b"\0\0" + packed(structure))
+        writer.commit()
+    assert path.stat().st_size < 16_000
+    with bounded_memory(path):
+        if what == "coding":
+            with tscfile.open(path) as archive, pytest.raises(DamagedError, match="more than"):
+                describe(archive)
+        else:
+            with tscfile.open(path) as archive:
+                assert len(describe(archive).snapshots) == 80
+        tscfile.verify(path, quick=True)
+        tscfile.verify(path)
 
 
 def test_claims_of_cells_are_bounded(forgery: Forgery, tmp_path: Path) -> None:

@@ -53,16 +53,25 @@ class History:
 
         `UsageError` if there is no such snapshot.
         """
+        return self._record(number)[0]
+
+    def structure(self, number: int) -> bytes:
+        """The structure of a snapshot's record."""
+        return self._record(number)[1]
+
+    def _record(self, number: int) -> tuple[SnapshotRecord, bytes]:
         wanted = self._index(number)
-        # A record is told from that of its dictionary, which comes first.
-        pending = [] if wanted in self._records else [wanted]
-        while pending:
-            dictionary = self.head(pending[-1]).dictionary
-            if dictionary is not None and dictionary not in self._records:
-                pending.append(dictionary)
-                continue
-            self._load(pending.pop(), dictionary)
-        return self._records[wanted][0]
+        # Several threads ask, and what one reads may push out what another has just found.
+        with self._lock:
+            # A record is told from that of its dictionary, which comes first.
+            pending = [] if wanted in self._records else [wanted]
+            while pending:
+                dictionary = self.head(pending[-1]).dictionary
+                if dictionary is not None and dictionary not in self._records:
+                    pending.append(dictionary)
+                    continue
+                self._load(pending.pop(), dictionary)
+            return self._records[wanted]
 
     def head(self, number: int = -1) -> SnapshotHead:
         """What is known of a snapshot without its structure; raises as `record` does."""
@@ -100,10 +109,6 @@ class History:
                 + (f", 0 to {n - 1}" if n else "")
             )
         return number % n
-
-    def structure(self, number: int) -> bytes:
-        """The structure of a snapshot's record."""
-        return self._records[self.record(number).number][1]
 
     def tokens(self, number: int = -1, context: int = 0) -> NDArray[np.int32]:
         """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it.
