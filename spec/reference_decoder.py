@@ -587,6 +587,7 @@ class File:
         book, pairing = self.book(snapshot), snapshot["coding"].get("rope_pairing")
         need(pairing in ("norm", "neox"), "pairing of the keys", Unsupported)
         for key, value in snapshot["identity"].items():
+            need(is_fact(key, value), "type of a fact of the identity")
             free = key in ("name", "rope_pairing") or key.startswith("book.")
             same = free or same_fact(value, book.facts.get(key, value))
             need(same, f"the book is for another model: {key}", Undecodable)
@@ -623,6 +624,27 @@ def need_named(id_, names):
     """Section 7.6: ``names`` are the ids that a snapshot lists."""
     named = isinstance(names, list) and f"{id_:016x}" in names
     need(named, "a record that the snapshot does not name")
+
+
+IDENTITY = {  # section 12: types of the keys; of lists, those of the items
+    "architecture": str, "name": str, "n_layers": int, "n_heads": int, "n_kv_heads": int,
+    "head_dim_k": int, "head_dim_v": int, "rope_base": float, "rope_dim": int, "rope_scaling": str,
+    "rope_scaling_factor": float, "rope_scaling_original_context": float, "rope_pairing": str,
+    "sliding_window": int, "vocab_size": int, "tokenizer_blake3": str, "weights_blake3": str,
+}  # fmt: skip
+
+
+def is_fact(key, value):
+    """Section 12: is it of the type that the key has? Numbers are not below 0, or finite."""
+    kind = IDENTITY.get(key)
+    per_layer = key in ("n_heads", "n_kv_heads", "head_dim_k", "head_dim_v")
+    if per_layer and isinstance(value, list):
+        return bool(value) and all(is_fact("n_layers", each) for each in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return kind is None or isinstance(value, kind)
 
 
 def same_fact(a, b):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 
 from tscfile.dtypes import DTYPES, DType, opaque_dtype
 from tscfile.model import CellTable, ModelIdentity, Snapshot, TensorSpec
+from tscfile.sources.hf_layout import text_cells
+from tscfile.sources.kv_arrays import HeadsTrack
 from tscfile.sources.llama_state import state_size, write_state
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +134,37 @@ def make_snapshot(
     return Snapshot(tokens, [track], source, opaque or {}, facts)
 
 
+def some_cache(dtype: str = "f16", n: int = 20, window: int = 8, seed: int = 0) -> Snapshot:
+    """Two full layers of different heads, one sliding, one that shares another's cache."""
+    rng = np.random.default_rng(seed)
+    kind, bits = DTYPES[dtype], np.uint32 if dtype == "f32" else np.uint16
+    top = 0x40000000 if dtype == "f32" else 0x4000
+
+    def track(cache: int, layers: list[int], heads: list[int], held: int, **facts: Any) -> Any:
+        arrays = [
+            rng.integers(0, top, (heads[i], held, 4 if role == "k" else 6)).astype(bits)
+            for role in "kv" for i in range(len(layers))
+        ]  # fmt: skip
+        specs = [
+            TensorSpec(i % len(layers), "k" if i < len(layers) else "v", kind,
+                       kind.row_bytes(each.shape[0] * each.shape[2]))
+            for i, each in enumerate(arrays)
+        ]  # fmt: skip
+        attributes = {"layers": layers, "n_kv_heads": heads, **facts}
+        cells = text_cells(np.arange(n - held, n))
+        return HeadsTrack(cache, 0, cells, specs, attributes, arrays)
+
+    tracks = [
+        track(0, [0, 2], [2, 3], n, kind="full"),
+        track(1, [3], [2], window - 1, kind="sliding", window=window),
+    ]
+    facts = {"architecture": "gemma2", "rope_base": 1e4, "rope_pairing": "neox", "n_heads": [4, 6]}
+    return Snapshot(
+        np.arange(n + 1, dtype=np.int32), tracks, {"format": "transformers", "n_layers": 4},
+        identity=ModelIdentity(facts),
+    )  # fmt: skip
+
+
 def state_bytes(snapshot: Snapshot) -> bytes:
     """The snapshot as a llama.cpp state."""
     out = bytearray(state_size(snapshot))
@@ -170,6 +205,24 @@ def write_large_kv(path: Path, n_layers: int, n_frames: int, n_channels: int, v_
                     file.write(part)
                     left, at = left - len(part), 0
         return file.tell()
+
+
+def rows_of(snapshot: Snapshot) -> list[bytes]:
+    return [
+        each.tobytes() for track in snapshot.tracks for each in track.read(0, len(track.cells))
+    ]
+
+
+@contextmanager
+def bounded_memory(path: Path, slack: int = 64 << 20) -> Iterator[None]:
+    """What happens inside takes no more memory than twice the file and ``slack``."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= 2 * path.stat().st_size + slack, f"{peak} bytes were allocated"
 
 
 def same_state(a: Snapshot, b: Snapshot) -> bool:

@@ -115,6 +115,10 @@ def test_unusual_snapshots_come_back(tmp_path: Path) -> None:
         assert report.n_frames_new == 0, name
         with tscfile.open(path) as archive:
             assert same_state(archive.snapshot(1), snapshot), name
+        # Written again in parts, none of it is missing.
+        tscfile.compact(path, tmp_path / "out.tsc", drop=[0], force=True)
+        with tscfile.open(tmp_path / "out.tsc") as archive:
+            assert same_state(archive.snapshot(), snapshot) and archive.snapshot().exact, name
 
 
 def test_long_rows_make_short_blocks(tmp_path: Path) -> None:

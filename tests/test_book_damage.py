@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import bounded_memory
+from mending import ids_of, rewritten, structure_of, whole_book
 
 import tscfile
 from tscfile.archive import Archive
@@ -24,11 +26,8 @@ from tscfile.container.records import (
     SNAPSHOT,
     ChunkHeader,
     ExtraEntry,
-    RecordHeader,
     RecordRef,
-    checksum,
 )
-from tscfile.container.snapshots import SnapshotHead
 from tscfile.container.writer import ContainerWriter, EncodedChunk
 from tscfile.context import FrameContext
 from tscfile.entropy import zstd
@@ -121,6 +120,37 @@ def test_books_that_describe_more_than_they_hold() -> None:
         use(changed({"book.group_coefficients": [9, 1]}, **more).to_bytes())
 
 
+@pytest.mark.parametrize(
+    "what",
+    ["tiers", pytest.param("arrays", marks=pytest.mark.slow), "zeros", "text", "facts"],
+)
+def test_books_of_many_small_things(what: str, tmp_path: Path) -> None:
+    n, path = 300_000, tmp_path / "a.tscbook"
+    empty = ByteWriter().string("u1").uvarint(1).uvarint(0)
+    empty.uvarint(len(zstd.store(b""))).raw(zstd.store(b""))
+    zeros = ByteWriter().string("u1").uvarint(1).uvarint(50 << 20)
+    packed = zstd.compress(bytes(50 << 20), 1)
+    zeros.uvarint(len(packed)).raw(packed)
+    wide = ByteWriter().uvarint(1).string("a").u8(8).string("a" * (20 << 20) + "\U0001f600")
+    facts, tiers, arrays = {
+        "tiers": (b"\0", (n, b"".join(b"\4%04x" % i + bytes(20) for i in range(n))), (0, b"")),
+        "arrays": (b"\0", (0, b""), (n, b"".join(
+            b"\x09ids_%05x" % i + empty.bytes() for i in range(n)
+        ))),
+        "zeros": (b"\0", (0, b""), (1, b"\5ids_a" + zeros.bytes())),
+        "text": (wide.bytes(), (0, b""), (0, b"")),
+        "facts": (ByteWriter().uvarint(n).bytes() + b"".join(
+            b"\5%05x\7\1" % i for i in range(n)
+        ), (0, b""), (0, b"")),
+    }[what]  # fmt: skip
+    body = ByteWriter().uvarint(books.VERSION).raw(facts)
+    for count, content in (tiers, arrays):
+        body.uvarint(count).raw(content)
+    path.write_bytes(whole_book(body.bytes()))
+    with bounded_memory(path), pytest.raises(DamagedError, match="more than a file of its size"):
+        books.load(path)
+
+
 def test_a_book_knows_a_token() -> None:
     nothing = {name: make.toy_book().arrays[name][:0] for name in ("token_vectors", "token_scales")}
     with pytest.raises(DamagedError):
@@ -172,6 +202,17 @@ def test_measurements_that_say_nothing() -> None:
         book.step_of_kl(0.01)
 
 
+@pytest.mark.parametrize("kls", [[0.3, 0.005], [0.001, 0.5, 0.002, 0.003], [0.1, 0.1]], ids=str)
+def test_measurements_that_do_not_rise(kls: list[float]) -> None:
+    """A coarser step with less error is not believed."""
+    book = make.toy_book()
+    book.tiers = {str(i): TierEntry(str(i), 256 * i, kl, 1.0) for i, kl in enumerate(kls)}
+    expected = [book.kl_of_step(step) or 0 for step in range(-512, 2048, 64)]
+    assert expected == sorted(expected) and expected[0] < expected[-1] < math.inf
+    assert book.kl_of_step(0) == pytest.approx(kls[0])
+    assert abs(book.step_of_kl(kls[0])) <= 1
+
+
 def test_names_that_occur_twice() -> None:
     for part in ("tiers", "arrays"):
         book = make.toy_book()
@@ -202,36 +243,6 @@ def test_a_basis_of_rows_that_depend_on_each_other(tmp_path: Path) -> None:
 
 
 # --- archives -----------------------------------------------------------------------------------
-
-
-def rewritten(source: Path, path: Path, edit: Any) -> None:
-    """The archive with the payloads of some records changed to others of their length, all
-    checksums made right again. ``edit(type, payload)``: the new payload."""
-    data = bytearray(source.read_bytes())
-    with Container(source) as container:
-        index = container.segments[-1].ref
-        places = [(SNAPSHOT, ref) for ref in container.snapshots]
-        places += [(CHUNK, chunk.ref) for block in container.blocks for chunk in block.chunks]
-        sums = {}
-        for type_, ref in places:
-            before = bytes(container.read(ref, type_))
-            payload = edit(type_, before)
-            assert len(payload) == len(before)
-            sums[checksum(before)] = _put(data, ref.offset, payload)
-        payload = bytes(data[index.offset + RecordHeader.SIZE : index.offset + index.length])
-    for before, after in sums.items():
-        payload = payload.replace(before.to_bytes(8, "little"), after.to_bytes(8, "little"))
-    _put(data, index.offset, payload)
-    path.write_bytes(data)
-
-
-def _put(data: bytearray, offset: int, payload: bytes) -> int:
-    header = RecordHeader.read(bytes(data[offset : offset + RecordHeader.SIZE]), "here")
-    found = replace(header, payload_checksum=checksum(payload))
-    data[offset : offset + RecordHeader.SIZE] = found.write()
-    start = offset + RecordHeader.SIZE + header.padding
-    data[start : start + len(payload)] = payload
-    return found.payload_checksum
 
 
 def read_all(path: Path, book: Path | None) -> None:
@@ -291,12 +302,8 @@ def structured(tmp_path: Path, old: bytes, new: bytes) -> Path:
             header = ChunkHeader.read(reader)
             chunk = EncodedChunk(header, bytes(reader.take(reader.remaining)))
             writer.add_block(block.n_frames, block.content_id, block.logical_id, [chunk])
-        reader = ByteReader(container.read(container.snapshots[0], SNAPSHOT), "snapshot")
-        head = ByteWriter()
-        SnapshotHead.read(reader).write(head)
-        length = reader.uvarint()
-        packed = bytes(reader.take(reader.remaining))
-        structure = zstd.decompress(packed, length, "structure", dictionary_of(b""))
+        payload = bytes(container.read(container.snapshots[0], SNAPSHOT))
+        head, structure = ByteWriter().raw(ids_of(payload)), structure_of(payload)
         assert structure.count(old) == 1
         structure = structure.replace(old, new)
         writer.add_snapshot(head.uvarint(len(structure)).raw(zstd.store(structure)).bytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_snapshot, same_state, write_kv
+from conftest import bounded_memory, make_snapshot, same_state, write_kv
+from mending import ids_of, packed, structure_of
 from tscfile_cli.main import main
 
 import tscfile
 from tscfile import registry
-from tscfile.bytestream import ByteReader, ByteWriter
-from tscfile.container.metadata import dictionary_of, write_metadata
+from tscfile.bytestream import ByteWriter
+from tscfile.container.metadata import write_metadata
 from tscfile.container.reader import Container
 from tscfile.container.records import (
     CHUNK,
@@ -37,13 +37,13 @@ from tscfile.container.records import (
     Trailer,
     checksum,
 )
-from tscfile.container.snapshots import OpaqueEntry, SnapshotHead, SnapshotRecord
+from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord
 from tscfile.container.writer import ContainerWriter
+from tscfile.description import describe
 from tscfile.entropy import zstd
 from tscfile.errors import DamagedError, TscError, UnsupportedError
 from tscfile.model import Snapshot, TensorSpec
 
-SLACK_BYTES = 64 << 20
 TINY = {"n_layers": 1, "n_channels": 8, "opaque": {"appendix": b"checkpoint" * 4}}
 SAVES = (make_snapshot(6, **TINY), make_snapshot(9, **TINY))  # type: ignore[arg-type]
 
@@ -256,19 +256,13 @@ def read_all(path: Path) -> None:
 
 def outcome(path: Path) -> TscError | None:
     """The error of reading and verifying everything; memory stays within bounds."""
-    tracemalloc.start()
-    try:
+    with bounded_memory(path):
         try:
             read_all(path)
             problems = tscfile.verify(path).problems
             return DamagedError(problems[0]) if problems else None
         except TscError as error:
             return error
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            assert peak <= 2 * path.stat().st_size + SLACK_BYTES, f"{peak} bytes were allocated"
-    finally:
-        tracemalloc.stop()
 
 
 def mutations(data: bytes, n_bits: int, seed: int = 0) -> Iterator[bytes]:
@@ -306,7 +300,7 @@ def test_forged_snapshot(forgery: Forgery, tmp_path: Path) -> None:
     codes = set()
     payload = forgery.snapshots[0]
     structure = structure_of(payload)
-    forged = [head_of(payload) + packed(each) for each in mutations(structure, n_bits=2)]
+    forged = [ids_of(payload) + packed(each) for each in mutations(structure, n_bits=2)]
     for changed in [*forged, *mutations(payload, n_bits=1)]:
         forgery.snapshots = [changed]
         error = outcome(forgery.write(path))
@@ -491,8 +485,41 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     # Metadata: many keys, long arrays.
     keys = b"".join(b"\x03%03x\x07\x01" % i for i in range(4096))
     assert not refused_metadata(forgery, path, varints(4096) + keys)
+    # One character of four bytes makes a text of as many bytes for each.
+    wide = ByteWriter().uvarint(1).string("k").u8(8).string("a" * (13 << 20) + "\U0001f600")
+    assert refused_metadata(forgery, path, wide.bytes())
     items = varints(1, 1) + b"k\x09\x00" + varints(5_000_000) + bytes(5_000_000)
     assert refused_metadata(forgery, path, items)
+
+
+@pytest.mark.parametrize("what", ["source", "coding", "tracks"])
+def test_claims_of_many_snapshots_do_not_add_up(what: str, tmp_path: Path) -> None:
+    """What each may take is not taken for all at once: a hundred bytes a snapshot would do."""
+    path, n_items, n_frames = tmp_path / "a.tsc", 100_000, 65_000
+    items = varints(1, 1) + b"k\x09\x00" + varints(n_items) + bytes([200]) * n_items
+    with path.open("w+b") as file:
+        writer = ContainerWriter(file.fileno())
+        for number in range(80):
+            writer.add_block(n_frames, bytes(16), bytes(16), [])
+            tracks = varints(0)
+            if what == "tracks":
+                cells = coded_run(n_frames) + coded_run(n_frames, start=1) + coded_run(n_frames)
+                tracks = varints(1, 0, 0, 0, 0, 1, number, 0, n_frames) + cells + varints(4)
+                tracks += b"\1" * 4
+            facts = [items if name == what else b"\0" for name in ("source", "identity", "coding")]
+            structure = varints(0, 0, 0) + b"".join(facts) + tracks + varints(0)
+            writer.add_snapshot(varints(number, 0, 0, 0) + b"\0\0" + packed(structure))
+        writer.commit()
+    assert path.stat().st_size < 16_000
+    with bounded_memory(path):
+        if what == "coding":
+            with tscfile.open(path) as archive, pytest.raises(DamagedError, match="more than"):
+                describe(archive)
+        else:
+            with tscfile.open(path) as archive:
+                assert len(describe(archive).snapshots) == 80
+        tscfile.verify(path, quick=True)
+        tscfile.verify(path)
 
 
 def test_claims_of_cells_are_bounded(forgery: Forgery, tmp_path: Path) -> None:
@@ -592,11 +619,18 @@ def test_chunk_bombs(forgery: Forgery, tmp_path: Path) -> None:
 def test_trailers_by_the_thousand(tmp_path: Path) -> None:
     """Looking for the newest whole commit takes time in proportion to the file."""
     path = tmp_path / "a.tsc"
-    path.write_bytes(Header().write() + Trailer.MAGIC * (1 << 19))
-    start = time.process_time()
-    with pytest.raises(DamagedError, match="no whole index"):
-        tscfile.open(path)
-    assert time.process_time() - start < 4
+    n = 1 << 18
+    at = range(Header.SIZE, Header.SIZE + n * Trailer.SIZE, Trailer.SIZE)
+    for trailers in (
+        Trailer.MAGIC * 4 * n,
+        # Right ones, that name all of the file before them as the index.
+        b"".join(Trailer(Header.SIZE, offset - Header.SIZE).write(offset) for offset in at),
+    ):
+        path.write_bytes(Header().write() + trailers + b"end")
+        start = time.process_time()
+        with pytest.raises(DamagedError, match="no whole index"):
+            tscfile.open(path)
+        assert time.process_time() - start < 8
 
 
 def varints(*values: int) -> bytes:
@@ -621,24 +655,6 @@ def no_tokens() -> bytes:
     """The start of a payload: number 0, no parent and dictionary, no tokens and contexts."""
     return varints(0, 0, 0) + varints(0, 0) + b"\0\0" + b"\0"
 
-
-def packed(structure: bytes) -> bytes:
-    """A structure as the payload of a snapshot without dictionary ends with it."""
-    frame = zstd.compress(structure, 19, dictionary_of(b""))
-    return ByteWriter().uvarint(len(structure)).raw(frame).bytes()
-
-
-def head_of(payload: bytes) -> bytes:
-    """What stands before the structure."""
-    reader = ByteReader(payload, "test")
-    SnapshotHead.read(reader)
-    return payload[: len(payload) - reader.remaining]
-
-
-def structure_of(payload: bytes) -> bytes:
-    reader = ByteReader(payload[len(head_of(payload)) :], "test")
-    length = reader.uvarint()
-    return zstd.decompress(reader.take(reader.remaining), length, "test", dictionary_of(b""))
 
 
 def refused_metadata(forgery: Forgery, path: Path, source: bytes) -> bool:
@@ -670,6 +686,23 @@ def test_forged_facts_of_the_source(
         code = main(["unpack", str(path), "-o", str(out), "-q", "-f"])
         assert code in (0, 2, 3, 4, 5)
         assert capfd.readouterr().err.count("\n") == (code != 0)
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [{"architecture": ["llama"]}, {"n_layers": "1"}, {"n_heads": []}, {"n_heads": [True]},
+     {"head_dim_k": -1}, {"rope_base": float("nan")}, {"rope_pairing": 1}, {"vocab_size": 1.5}],
+    ids=str,
+)  # fmt: skip
+def test_forged_facts_of_the_model(
+    identity: dict[str, Any], forgery: Forgery, tmp_path: Path
+) -> None:
+    record = read_record(tmp_path / "same.tsc")
+    forgery.snapshots = [with_changes(record, identity=identity)]
+    error = outcome(forgery.write(tmp_path / "a.tsc"))
+    assert isinstance(error, DamagedError) and f"fact {next(iter(identity))}" in str(error)
+    forgery.snapshots = [with_changes(record, identity={"unknown": ["anything"]})]
+    assert outcome(forgery.write(tmp_path / "a.tsc")) is None
 
 
 def test_terminal_codes_are_not_printed(

@@ -251,6 +251,22 @@ def test_branches_from_before_and_after_a_shift(
     assert not tscfile.verify(path, book=BOOK).problems
 
 
+def test_no_token_is_kept(tokens: list[int], identity: ModelIdentity, tmp_path: Path) -> None:
+    """llama-server keeps none or one of them unless told otherwise; a folder of such saves is one
+    conversation."""
+    from tscfile_cli.main import main
+
+    (tmp_path / "saves").mkdir()
+    before, after = shifted_pair(tmp_path / "saves", tokens, 0, 200, "f16", 8)
+    path = tmp_path / "a.tsc"
+    options = ["--tier", "balanced", "--book", str(BOOK), "--model", str(MODEL)]
+    assert main(["pack", str(tmp_path / "saves"), "-o", str(path), *options]) == 0
+    with tscfile.open(path, book=BOOK) as archive:
+        assert [info.plan for info in explain(archive)] == ["keyframe", "shift"]
+        assert [archive.record(n).name for n in range(2)] == [before.name, after.name]
+    assert n_of(path, 1, MOVED) == N_TOKENS - 8 - 200
+
+
 def test_what_moved_cannot_be_computed_again(
     shifted_series: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -295,6 +311,26 @@ def test_patched_frames(tier: str, identity: ModelIdentity, tmp_path: Path) -> N
             assert same_state(found, replace(cut(whole, 320, rows), identity=found.identity))
 
 
+def test_patched_frames_one_cell_further(tmp_path: Path) -> None:
+    """Only they are differences to the cells before, not the new ones behind them."""
+    first, path = make_snapshot(20, n_channels=256), tmp_path / "a.tsc"
+    longer = make_snapshot(24, n_channels=256)
+    [track] = longer.tracks
+    assert isinstance(track, MemoryTrack)
+    order = np.array([19, *range(19), 20, 21, 22, 23])
+    rows = [part[order] for part in track.rows]
+    for part in rows:
+        part[1:20, 6] ^= 1
+    ones, pos = np.ones(24, np.int32), order.astype(np.int32)
+    cells = CellTable(pos, ones, 0 * ones, np.zeros((24, 0), np.int32))
+    later = replace(longer, tracks=[replace(track, cells=cells, rows=rows)])
+    tscfile.pack(first, path)
+    tscfile.append(later, path)
+    assert (n_of(path, 1, KEPT), n_of(path, 1, DIFFERENCE), n_of(path, 1, NEW)) == (1, 19, 4)
+    with tscfile.open(path) as archive:
+        assert same_state(archive.snapshot(1), later)
+
+
 def test_a_few_frames_between_new_ones_are_not_worth_a_block(
     identity: ModelIdentity, tmp_path: Path
 ) -> None:
@@ -317,8 +353,7 @@ def archive_blocks(path: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tier", ["balanced", "near"])
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("tier, resumed", [("balanced", False), ("balanced", True), ("near", True)])
 def test_errors_do_not_add_up_over_a_hundred_turns(
     tier: str, resumed: bool, identity: ModelIdentity, tmp_path: Path
 ) -> None:
@@ -338,11 +373,11 @@ def test_errors_do_not_add_up_over_a_hundred_turns(
         else:
             tscfile.pack(save, path, tier=tier, book=book, identity=identity)
         with tscfile.open(path, book=BOOK) as archive:
-            given = archive.snapshot().tracks[0].read(0, n)
-            first.append(np.concatenate([part[n - 4 :] for part in given], axis=1))
-            if resumed:
-                for part, back in zip(rows, given, strict=True):
-                    part[:n] = back
+            given = archive.snapshot().tracks[0].read(n - 4, n)
+        first.append(np.concatenate(given, axis=1))
+        if resumed:
+            for part, back in zip(rows, given, strict=True):
+                part[n - 4 : n] = back
     with tscfile.open(path, book=BOOK) as archive:
         last = np.concatenate(archive.snapshot().tracks[0].read(0, 400), axis=1)
         assert np.array_equal(last, np.concatenate(first)), "no frame is ever coded again"
@@ -365,6 +400,29 @@ def test_errors_do_not_add_up_over_a_hundred_turns(
             else:
                 # Each save learns a basis: the tolerance is the same, what is left of it not.
                 assert error[0] < 1.5 * error[1]
+
+
+def test_patched_frames_of_two_types(tmp_path: Path) -> None:
+    """Keys q8_0 and values f16, as llama.cpp has them: one difference holds both."""
+    made = [make_snapshot(100, dtype=dtype, n_channels=64) for dtype in ("q8_0", "f16")]
+    [keys], [values_] = (snapshot.tracks for snapshot in made)
+    assert isinstance(keys, MemoryTrack) and isinstance(values_, MemoryTrack)
+    tensors = [*keys.tensors[:2], *values_.tensors[2:]]
+    rows = [*keys.rows[:2], *values_.rows[2:]]
+    later = [part.copy() for part in rows]
+    for part in later:
+        part[40:60, 6] ^= 1
+    path = tmp_path / "a.tsc"
+    saves = [
+        replace(made[0], tracks=[replace(keys, tensors=tensors, rows=each)])
+        for each in (rows, later)
+    ]
+    tscfile.pack(saves[0], path)
+    tscfile.append(saves[1], path)
+    assert n_of(path, 1, DIFFERENCE) == 20
+    assert not tscfile.verify(path).problems
+    with tscfile.open(path) as archive:
+        assert same_state(archive.snapshot(1), saves[1])
 
 
 # --- alignment --------------------------------------------------------------------------------

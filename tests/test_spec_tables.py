@@ -203,8 +203,8 @@ def test_limits_are_those_of_the_code() -> None:
     refinement_page = (SPEC / "codecs" / "book-refinement.md").read_text(encoding="utf-8")
     assert refinement_page.count("0 < `b − f` ≤ 3072") == 2
     book_page = (SPEC / "book.md").read_text(encoding="utf-8")
-    assert (books._MEMORY_PER_BYTE, books._MEMORY_SLACK) == (64, 1 << 26)
-    assert "64 × file size + 2^26 bytes" in book_page
+    assert (books._MEMORY_PER_BYTE, books._MEMORY_SLACK) == (2, 1 << 25)
+    assert "2 × file size + 2^25 bytes" in book_page
     assert f"`{records.Header.MAGIC.hex(' ')}`" in text
     assert f"`{records.Trailer.MAGIC.hex(' ')}`" in text
     assert f"multiple of {records.PAYLOAD_ALIGNMENT}" in text

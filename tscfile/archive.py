@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, pipeline, registry, tokens
+from . import blocks, pipeline, registry
 from .archived_track import ArchivedTrack, is_absent, is_exact
-from .bytestream import Allowance, ByteReader
+from .bytestream import Allowance
 from .container.reader import Container
 from .container.records import (
     BASIS,
@@ -23,7 +23,6 @@ from .container.records import (
     CODEBOOKS,
     MAX_LAYERS,
     OPAQUE,
-    SNAPSHOT,
     BlockEntry,
     ChunkEntry,
     ChunkHeader,
@@ -36,11 +35,12 @@ from .container.snapshots import (
     OpaqueEntry,
     SnapshotHead,
     SnapshotRecord,
-    TokenIds,
     TrackRecord,
 )
 from .entropy import zstd
 from .errors import DamagedError, UsageError
+from .history import History
+from .identity import read_identity
 from .model import ModelIdentity, Snapshot, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,11 +51,6 @@ if TYPE_CHECKING:
     from .session_codec import SessionCodec
 
 Rows = NDArray[np.uint8]
-
-_CACHED_RECORDS = 32 << 20
-"""Bytes of snapshot records that are kept once they are read."""
-
-_CACHED_TOKENS = 2 << 20
 
 _CACHED_SOURCES = 16 << 20
 
@@ -107,15 +102,9 @@ class Archive:
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
-        self._heads: dict[int, SnapshotHead] = {}
-        self._records: dict[int, tuple[SnapshotRecord, bytes]] = {}
-        self._record_bytes: dict[int, int] = {}
-        # By snapshot and context, 0 for its own tokens.
-        self._tokens: dict[tuple[int, int], NDArray[np.int32]] = {}
-        self._n_tokens = 0
+        self._history = History(self._container, self._lock, self._token_coder, self._check_runs)
         self._source_rows: dict[int, list[Rows]] = {}
         self._source_ways: dict[int, int] = {}
-        self._max_cells = sum(block.n_frames for block in self._container.blocks)
         # Decoding a chunk takes a few times its size, on every core.
         self._max_chunk = max(blocks.MOST_CHUNK_BYTES, self.size // 4)
 
@@ -163,105 +152,26 @@ class Archive:
 
         `UsageError` if there is no such snapshot.
         """
-        wanted = self._index(number)
-        # A record is told from that of its dictionary, which comes first.
-        pending = [] if wanted in self._records else [wanted]
-        while pending:
-            dictionary = self.head(pending[-1]).dictionary
-            if dictionary is not None and dictionary not in self._records:
-                pending.append(dictionary)
-                continue
-            self._load(pending.pop(), dictionary)
-        return self._records[wanted][0]
+        return self._history.record(number)
 
     def head(self, number: int = -1) -> SnapshotHead:
         """What is known of a snapshot without its structure; raises as `record` does."""
-        wanted = self._index(number)
-        # Whether it keeps too many of the parent's tokens is told by the parent.
-        pending = [] if wanted in self._heads else [wanted]
-        while pending:
-            payload, where = self._payload(pending[-1])
-            head = SnapshotHead.read(ByteReader(payload, where, self._container.allowance()))
-            if head.number != pending[-1]:
-                raise DamagedError(f"{where}: its record says it is number {head.number}; damaged")
-            if {head.parent, head.dictionary} & {head.number}:
-                raise DamagedError(f"{where}: names itself as an earlier one; damaged")
-            if head.parent is not None and head.parent not in self._heads:
-                pending.append(head.parent)
-                continue
-            self._check_kept(head, where)
-            self._heads[pending.pop()] = head
-        return self._heads[wanted]
-
-    def _check_kept(self, head: SnapshotHead, where: str) -> None:
-        if head.parent is None:
-            return
-        parent = self._heads[head.parent]
-        known = [len(parent.ids), *(len(context.ids) for context in parent.contexts)]
-        for source, ids in [(0, head.ids), *((each.source, each.ids) for each in head.contexts)]:
-            if source >= len(known) or ids.kept > known[source]:
-                raise DamagedError(f"{where}: keeps tokens that its parent lacks; damaged")
-
-    def _index(self, number: int) -> int:
-        n = len(self)
-        if not -n <= number < n:
-            raise UsageError(
-                f"{self.path}: no snapshot {number}; there are {n}"
-                + (f", 0 to {n - 1}" if n else "")
-            )
-        return number % n
+        return self._history.head(number)
 
     def structure(self, number: int) -> bytes:
         """The structure of a snapshot's record."""
-        return self._records[self.record(number).number][1]
+        return self._history.structure(number)
 
     def tokens(self, number: int = -1, context: int = 0) -> NDArray[np.int32]:
         """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it.
 
         ``context``: of which of its contexts, counted from 1; 0 for its own.
         """
-        # Blocks are decoded by several threads, and each asks.
-        with self._lock:
-            return self._read_tokens(self._index(number), context)
+        return self._history.tokens(number, context)
 
-    def _read_tokens(
-        self, number: int, context: int = 0, coding: dict[str, Any] | None = None
-    ) -> NDArray[np.int32]:
-        """``coding``: that of the snapshot, while its record is not read yet."""
-        # The first of its tokens are the parent's, and so on: a loop, as chains are long.
-        chain = [(number, context)]
-        while chain[-1] not in self._tokens:
-            head, (ids, source) = self.head(chain[-1][0]), self._ids(*chain[-1])
-            if not ids.kept:
-                break
-            assert head.parent is not None
-            chain.append((head.parent, source))
-        found = np.zeros(0, np.int32)
-        for key in reversed(chain):
-            if key not in self._tokens:
-                is_first = key == chain[0]
-                self._tokens[key] = self._decode_ids(key, found, coding if is_first else None)
-                self._n_tokens += len(self._tokens[key])
-                while len(self._tokens) > 2 and self._n_tokens > _CACHED_TOKENS:
-                    self._n_tokens -= len(self._tokens.pop(next(iter(self._tokens))))
-            found = self._tokens[key]
-        return found
-
-    def _ids(self, number: int, context: int) -> tuple[TokenIds, int]:
-        """Ids as they are stored, and the parent's context that they keep from."""
-        head = self.head(number)
-        if not context:
-            return head.ids, 0
-        return head.contexts[context - 1].ids, head.contexts[context - 1].source
-
-    def _decode_ids(
-        self, key: tuple[int, int], before: NDArray[np.int32], coding: dict[str, Any] | None
-    ) -> NDArray[np.int32]:
-        number, where = key[0], f"{self.path}: snapshot {key[0]}"
-        ids, coder = self._ids(*key)[0], None
-        if ids.coding == tokens.OF_BOOK:
-            coder = self._book(coding or self.record(number).coding, where).token_coder
-        return tokens.decode(ids, before, coder, where)
+    def lineage(self, number: int) -> set[int]:
+        """A snapshot and those whose records it is read with: numbers."""
+        return self._history.lineage(number)
 
     def snapshot(self, number: int = -1, tier: str | None = None) -> Snapshot:
         """Snapshot ``number`` with tracks that decode on demand, and its opaque parts.
@@ -278,7 +188,7 @@ class Archive:
             tracks=tracks,
             source=dict(record.source),
             opaque={entry.name: self.opaque_part(entry, allowance) for entry in record.opaque},
-            identity=ModelIdentity(dict(record.identity)),
+            identity=read_identity(record.identity, f"{self.path}: snapshot {record.number}"),
             exact=all(track.is_exact() for track in tracks),
             n_absent=sum(len(track.absent_positions()) for track in tracks),
         )
@@ -290,7 +200,8 @@ class Archive:
                 f"{self.path}: snapshot {record.number} has no tier {tier}; "
                 f"it has {', '.join(names)}"
             )
-        return names.index(tier)
+        # Blocks shared with a snapshot of more layers have the finest one last.
+        return -1 if tier == names[-1] else names.index(tier)
 
     def read(
         self,
@@ -385,8 +296,9 @@ class Archive:
             if record.number not in self._codecs:
                 from .book_codec import BookCodec
 
-                opened = self._book(record.coding, f"{self.path}: snapshot {record.number}")
-                facts = dict(record.identity)
+                where = f"{self.path}: snapshot {record.number}"
+                opened = self._book(record.coding, where)
+                facts = read_identity(record.identity, where).facts
                 if "rope_pairing" in record.coding:
                     facts["rope_pairing"] = record.coding["rope_pairing"]
                 self._codecs[record.number] = BookCodec(opened, ModelIdentity(facts), self.path)
@@ -394,7 +306,11 @@ class Archive:
 
     def token_coder(self, record: SnapshotRecord) -> TokenCoder | None:
         """What token ids of a snapshot with a book are coded with."""
-        return self._book(record.coding, f"{self.path}: snapshot {record.number}").token_coder
+        return self._token_coder(record.coding, f"{self.path}: snapshot {record.number}")
+
+    def _token_coder(self, coding: dict[str, Any], where: str) -> TokenCoder | None:
+        return self._book(coding, where).token_coder
+
     def book_product(self, record: SnapshotRecord) -> ProductCodec:
         """The codec of the codebooks in a snapshot's book; raises as `book_codec` does, and
         `UsageError` if the book has none."""
@@ -441,7 +357,7 @@ class Archive:
         for ref in self._container.extras(BOOK):
             data = self._container.read(ref, BOOK)
             if book_id(data).hex() == wanted:
-                return open_bytes(bytes(data), f"{self.path}: book at offset {ref.offset}")
+                return open_bytes(data, f"{self.path}: book at offset {ref.offset}")
         return None
 
     def session_codec(self, basis: int, where: str) -> SessionCodec:
@@ -505,19 +421,6 @@ class Archive:
         total += sum(held[key].length for key in set(self.codebooks(record)) if key in held)
         return total + sum(self._container.snapshots[each].length for each in self.lineage(number))
 
-    def lineage(self, number: int) -> set[int]:
-        """A snapshot and those whose records it is read with: numbers."""
-        found: set[int] = set()
-        pending: list[int | None] = [self._index(number)]
-        while pending:
-            each = pending.pop()
-            if each is not None and each not in found:
-                found.add(each)
-                head = self.head(each)
-                keeps = head.ids.kept or any(context.ids.kept for context in head.contexts)
-                pending += [head.dictionary, head.parent if keeps else None]
-        return found
-
     def bases(self, record: SnapshotRecord) -> list[int]:
         """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
         return self._named(record, "bases", "a basis")
@@ -542,31 +445,6 @@ class Archive:
         where = f"{self.path}: snapshot {record.number}"
         chains = [self.basis_chain(basis, where) for basis in self.bases(record)]
         return {ref for chain in chains for _, ref in chain}
-
-    def _payload(self, number: int) -> tuple[memoryview, str]:
-        ref = self._container.snapshots[number]
-        return self._container.read(ref, SNAPSHOT), f"{self.path}: snapshot {number}"
-
-    def _load(self, number: int, dictionary: int | None) -> None:
-        payload, where = self._payload(number)
-        like = b"" if dictionary is None else self._records[dictionary][1]
-        allowance = self._container.allowance()
-        full = allowance.left
-
-        def tokens_of(coding: dict[str, Any]) -> NDArray[np.int32]:
-            with self._lock:
-                return self._read_tokens(number, 0, coding)
-
-        record, structure = SnapshotRecord.read(
-            payload, like, tokens_of, self._max_cells, where, allowance
-        )
-        self._check_runs(record, where)
-        self._records[number] = record, structure
-        self._record_bytes[number] = full - allowance.left
-        # The oldest go; one that is needed again is read again.
-        while len(self._records) > 1 and sum(self._record_bytes.values()) > _CACHED_RECORDS:
-            oldest = next(iter(self._records))
-            del self._records[oldest], self._record_bytes[oldest]
 
     def _check_runs(self, record: SnapshotRecord, where: str) -> None:
         for track in record.tracks:

@@ -198,6 +198,11 @@ class ArchivedTrack:
         return self._archive.session_product(codebook, where)
 
     @property
+    def n_layers(self) -> int:
+        """Quality layers of the snapshot."""
+        return len(self._owner.layers)
+
+    @property
     def archive(self) -> Archive:
         return self._archive
 
@@ -275,8 +280,9 @@ class ArchivedTrack:
             return
         if is_exact(entry):
             self._archive.check_content(number, self.block_rows(number))
-        lossy = [chunk for chunk in entry.chunks if chunk.codec in registry.LOSSY]
-        if not lossy:
+        lossy = lossy_chunks(entry)
+        if not lossy or (is_exact(entry) and self.n_layers == 1):
+            # An exact snapshot has no use for coarser layers, nor names what they are coded with.
             return
         where, payloads = self.lossy_payloads(number, lossy[-1])
         if lossy[-1].codec == registry.PRODUCT:
@@ -313,6 +319,11 @@ def is_exact(block: BlockEntry) -> bool:
 
 def are_exact(chunks: Sequence[ChunkEntry]) -> bool:
     return all(chunk.codec not in registry.LOSSY for chunk in chunks)
+
+
+def lossy_chunks(block: BlockEntry) -> list[ChunkEntry]:
+    """The chunks of a block's lossy layers, one a layer, the base first."""
+    return [chunk for chunk in block.chunks if chunk.codec in registry.LOSSY]
 
 
 def is_absent(block: BlockEntry) -> bool:

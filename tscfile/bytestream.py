@@ -7,6 +7,9 @@ from typing import Any
 
 from .errors import DamagedError, TruncatedError
 
+_CHARACTER_MEMORY = 4
+"""About what a byte of text takes: one character of four bytes makes all others as wide."""
+
 
 class Allowance:
     """Memory that what a file describes may take.
@@ -107,6 +110,7 @@ class ByteReader:
 
     def string(self) -> str:
         raw = bytes(self.take(self.uvarint()))
+        self.claim(_CHARACTER_MEMORY * len(raw))
         try:
             return raw.decode()
         except UnicodeDecodeError:

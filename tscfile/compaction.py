@@ -84,7 +84,8 @@ def compact(
                 "see tsc verify"
             )
         kept = _kept(archive, drop)
-        target, replaces = (path, True) if out is None else (out, force)
+        # Where ``path`` is a link, the file that it leads to is written again, and the link stays.
+        target, replaces = (os.path.realpath(path), True) if out is None else (out, force)
         if tier is not None:
             from .recoding import recode
 
@@ -317,7 +318,7 @@ class _Compactor:
                 where, payloads = track.lossy_payloads(run.block, lossy)
                 parts.append((payloads, run.first, run.count))
             chunks = track.codec().join(parts, track.tensors, where)
-        if n_lossy == like.n_layers:
+        if n_lossy and n_lossy == like.n_layers:
             # The rows that these were made of are not known.
             return blocks.NO_ID, chunks
         rows, whole = track.read(start, stop), None

@@ -90,14 +90,21 @@ class ArchiveInfo:
 
 def describe(archive: Archive) -> ArchiveInfo:
     """Describe an open archive; `DamagedError` if its structure is damaged."""
-    records = [archive.record(number) for number in range(len(archive))]
-    added = _added_bytes(archive, records)
-    snapshots = [
-        _describe_snapshot(archive, record, n) for record, n in zip(records, added, strict=True)
-    ]
+    # One record after another: each may take as much memory as a file of this size may.
+    seen: set[RecordRef] = set()
+    bases = archive.container.by_checksum(BASIS)
+    allowance = archive.container.allowance()
+    snapshots = []
+    for number in range(len(archive)):
+        record = archive.record(number)
+        allowance.claim(_memory_of(record), f"{archive.path}: snapshot {number}")
+        needed = _needed(archive, record, bases)
+        added = sum(ref.length for ref in needed - seen)
+        seen |= needed
+        snapshots.append(_describe_snapshot(archive, record, added))
     header, entries = archive.container.header, archive.container.blocks
     codecs = {chunk.codec for entry in entries for chunk in entry.chunks}
-    last = records[-1] if records else None
+    last = archive.record() if snapshots else None
     return ArchiveInfo(
         path=archive.path,
         format_version=f"{header.major}.{header.minor}",
@@ -153,21 +160,27 @@ def _n_tokens_common(archive: Archive, record: SnapshotRecord) -> int | None:
     return record.ids.kept
 
 
-def _added_bytes(archive: Archive, records: Sequence[SnapshotRecord]) -> list[int]:
-    """For each snapshot the bytes of the records that it needs and none before it does."""
+def _memory_of(record: SnapshotRecord) -> int:
+    """About what is kept of a record once it is described."""
+    texts = [record.name, record.plan, record.tier]
+    n_items = 0
+    for key, value in record.coding.items():
+        items = value if isinstance(value, list) else [value]
+        n_items += len(items)
+        texts += [key, *(item for item in items if isinstance(item, str))]
+    return 1024 + 64 * n_items + 4 * sum(map(len, texts))
+
+
+def _needed(
+    archive: Archive, record: SnapshotRecord, bases: dict[int, RecordRef]
+) -> set[RecordRef]:
+    """All records that a snapshot needs, its own too."""
     container = archive.container
-    bases = container.by_checksum(BASIS)
-    seen: set[RecordRef] = set()
-    added = []
-    for record in records:
-        blocks = {run.block for track in record.tracks for run in track.runs}
-        refs = {chunk.ref for block in blocks for chunk in container.blocks[block].chunks}
-        refs |= {entry.ref for entry in record.opaque}
-        refs |= {bases[basis] for basis in archive.bases(record) if basis in bases}
-        refs.add(container.snapshots[record.number])
-        added.append(sum(ref.length for ref in refs - seen))
-        seen |= refs
-    return added
+    blocks = {run.block for track in record.tracks for run in track.runs}
+    refs = {chunk.ref for block in blocks for chunk in container.blocks[block].chunks}
+    refs |= {entry.ref for entry in record.opaque}
+    refs |= {bases[basis] for basis in archive.bases(record) if basis in bases}
+    return refs | {container.snapshots[record.number]}
 
 
 def _describe_layer(archive: Archive, record: SnapshotRecord, raw: int, layer: int) -> LayerInfo:

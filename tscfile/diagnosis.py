@@ -282,9 +282,11 @@ class Diagnosis:
             where = f"{self.archive.path}: block {number}"
             return DamagedError(f"{where}: nothing that is left tells of it; damaged")
         entry = self.archive.container.blocks[number]
-        for use in self._uses.get(number, ())[:1]:
+        uses = self._uses.get(number)
+        if uses:
             try:
-                use.track.check_block(number)
+                # By a snapshot that reads all of its layers, if there is one.
+                max(uses, key=lambda use: use.track.n_layers).track.check_block(number)
             except DamagedError as error:
                 return error
             except TscError as error:

@@ -7,9 +7,20 @@ from __future__ import annotations
 
 
 class TscError(Exception):
-    """Something that the user can act on; ``exit_code`` is what ``tsc`` returns."""
+    """Something that the user can act on; ``exit_code`` is what ``tsc`` returns.
+
+    Messages quote names from files of strangers, so what would break the line or steer a terminal
+    is taken out of them here.
+
+    >>> str(TscError("model a\\nb"))
+    'model a\ufffdb'
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        shown = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+        super().__init__("".join(shown))
 
 
 class UsageError(TscError):

@@ -35,12 +35,13 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .bytestream import Allowance
 from .errors import DamagedError, TruncatedError, TscError, UnsupportedError, UsageError
 from .model import ModelIdentity
 
@@ -53,6 +54,11 @@ _MAX_DIMS = 4
 _MAX_KEPT_ARRAY = 1 << 16
 """Longest numeric array that is kept: facts per layer, never merges or scores."""
 _HASH_CHUNK = 64 << 20
+_SLACK_BYTES = 32 << 20
+"""Metadata may take twice the size of the file in memory, and this."""
+_VALUE_MEMORY, _NUMBER_MEMORY, _TENSOR_MEMORY = 256, 40, 512
+_CHARACTER_MEMORY = 5
+"""About what a key, an item of an array, a tensor and a byte of text take; see `Allowance`."""
 _DEFAULT_ALIGNMENT = 32
 _SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -74,6 +80,13 @@ ROPE_PAIRING: dict[str, str] = {
 }
 """Which channels a rotation pairs: llama.cpp fixes it per architecture, no file says it."""
 
+_TEXTS = frozenset((
+    "architecture", "name", "rope_scaling", "rope_pairing", "tokenizer_blake3", "weights_blake3",
+))  # fmt: skip
+_COUNTS = frozenset(("n_layers", "rope_dim", "sliding_window", "vocab_size"))
+_COUNTS_OF_LAYERS = frozenset(("n_heads", "n_kv_heads", "head_dim_k", "head_dim_v"))
+_NUMBERS = frozenset(("rope_base", "rope_scaling_factor", "rope_scaling_original_context"))
+
 UNCOMPARED = frozenset({"name"})
 """Facts that may differ between two copies of one model."""
 
@@ -92,7 +105,38 @@ def identity_from_gguf(path: str | os.PathLike[str], *, weights: bool = True) ->
         facts = _model_facts(shards[0])
         if weights:
             facts["weights_blake3"] = weights_fingerprint(shards)
-    return ModelIdentity(facts)
+    # Where layers differ in what the facts have one number for, they say nothing of it.
+    return ModelIdentity({key: value for key, value in facts.items() if _is_fact(key, value)})
+
+
+def read_identity(facts: Mapping[str, Any], where: str) -> ModelIdentity:
+    """The identity that a file states; `DamagedError` for a known fact of another type.
+
+    >>> read_identity({"n_layers": "many"}, "example")
+    Traceback (most recent call last):
+    tscfile.errors.DamagedError: example: the model's fact n_layers cannot be 'many'; damaged
+    """
+    for key, value in facts.items():
+        if not _is_fact(key, value):
+            raise DamagedError(
+                f"{where}: the model's fact {key} cannot be {_short(repr(value))}; damaged"
+            )
+    return ModelIdentity(dict(facts))
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    """May ``value`` stand for the fact ``key``? Any may for those that are not known here."""
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if key in _COUNTS_OF_LAYERS and isinstance(value, list):
+        return bool(value) and all(_is_count(each) for each in value)
+    if key in _COUNTS or key in _COUNTS_OF_LAYERS:
+        return _is_count(value)
+    return key not in _NUMBERS or (type(value) in (int, float) and math.isfinite(value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def compare(recorded: ModelIdentity, actual: ModelIdentity) -> list[str]:
@@ -135,6 +179,7 @@ def weights_fingerprint(shards: list[_Gguf]) -> str:
     u64 number of data bytes, the data without padding.
     """
     located = [(tensor, shard) for shard in shards for tensor in shard.tensors]
+    _check_apart(shards)
     located.sort(key=lambda pair: pair[0].name)
     for (first, shard), (second, _) in zip(located, located[1:], strict=False):
         if first.name == second.name:
@@ -152,7 +197,9 @@ def _model_facts(gguf: _Gguf) -> dict[str, Any]:
     architecture = gguf.values.get("general.architecture")
     kind = gguf.values.get("general.type", "model")
     if kind != "model" or not isinstance(architecture, str) or not architecture:
-        raise UsageError(f"{gguf.path}: this GGUF file holds no language model (type {kind!r})")
+        raise UsageError(
+            f"{gguf.path}: this GGUF file holds no language model (type {_short(kind)})"
+        )
     facts: dict[str, Any] = {"architecture": architecture}
     if isinstance(gguf.values.get("general.name"), str):
         facts["name"] = gguf.values["general.name"]
@@ -249,7 +296,8 @@ class _NumberReader:
 
     def _wrong(self, key: str, value: Any, wanted: str) -> DamagedError:
         return DamagedError(
-            f"{self._gguf.path}: {self._prefix}{key} is {_short(value)}, which is not {wanted}"
+            f"{self._gguf.path}: {_short(self._prefix + key)} is {_short(value)}, which is not "
+            f"{wanted}"
         )
 
 
@@ -266,13 +314,26 @@ def _packed_string(data: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _hash_tensor(hasher: Any, tensor: _Tensor, shard: _Gguf) -> None:
+def _check_apart(shards: list[_Gguf]) -> None:
+    """Tensors that lie upon each other would take any time to hash."""
+    for shard in shards:
+        if sum(_extent(tensor, shard)[1] for tensor in shard.tensors) > len(shard.data):
+            raise DamagedError(f"{shard.path}: its tensors overlap; damaged")
+
+
+def _extent(tensor: _Tensor, shard: _Gguf) -> tuple[int, int]:
+    """Where the data of a tensor start, and how many bytes they are."""
     start, n_bytes = shard.data_start + tensor.offset, _tensor_bytes(tensor, shard.path)
     if start + n_bytes > len(shard.data):
         raise TruncatedError(
             f"{shard.path}: tensor {_printable(tensor.name)} ends at byte {start + n_bytes} of a "
             f"file of {len(shard.data)}"
         )
+    return start, n_bytes
+
+
+def _hash_tensor(hasher: Any, tensor: _Tensor, shard: _Gguf) -> None:
+    start, n_bytes = _extent(tensor, shard)
     hasher.update(_packed_string(tensor.name))
     hasher.update(struct.pack("<II", tensor.ggml_type, len(tensor.dims)))
     hasher.update(struct.pack(f"<{len(tensor.dims)}QQ", *tensor.dims, n_bytes))
@@ -323,10 +384,12 @@ class _Tensor:
 
 @dataclass
 class _Gguf:
-    """Metadata of one GGUF file and the file itself, mapped."""
+    """Metadata of one GGUF file and the file itself, mapped; ``allowance``: the memory that is left
+    to what the metadata describe."""
 
     path: Path
     data: mmap.mmap
+    allowance: Allowance
     values: dict[str, Any] = field(default_factory=dict)
     string_arrays: dict[str, _StringArray] = field(default_factory=dict)
     tensors: list[_Tensor] = field(default_factory=list)
@@ -370,7 +433,8 @@ def _open_one(path: Path, stack: ExitStack) -> _Gguf:
 def _parse(path: Path, data: mmap.mmap) -> _Gguf:
     if data[:4] != _MAGIC:
         raise UsageError(f"{path}: not a GGUF model file (it starts with {data[:4]!r})")
-    gguf, cursor = _Gguf(path, data), _Cursor(path, data)
+    allowance = Allowance(2 * len(data) + _SLACK_BYTES)
+    gguf, cursor = _Gguf(path, data, allowance), _Cursor(path, data, allowance)
     version = cursor.number("<I")
     if version not in _VERSIONS:
         swapped = int.from_bytes(struct.pack("<I", version), "big") in _VERSIONS
@@ -388,6 +452,7 @@ def _parse(path: Path, data: mmap.mmap) -> _Gguf:
 
 
 def _parse_value(gguf: _Gguf, cursor: _Cursor) -> None:
+    cursor.claim(_VALUE_MEMORY)
     key = cursor.string().decode("utf-8", "replace")
     if key in gguf.values or key in gguf.string_arrays:
         raise DamagedError(f"{gguf.path}: key {_short(key)} occurs twice")
@@ -405,6 +470,7 @@ def _parse_value(gguf: _Gguf, cursor: _Cursor) -> None:
 
 
 def _parse_tensor(cursor: _Cursor) -> _Tensor:
+    cursor.claim(_TENSOR_MEMORY)
     name, n_dims = cursor.string(), cursor.number("<I")
     if n_dims > _MAX_DIMS:
         raise DamagedError(
@@ -418,9 +484,14 @@ def _parse_tensor(cursor: _Cursor) -> _Tensor:
 class _Cursor:
     """Reads onwards through the file; a read past its end is a `TruncatedError`."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, allowance: Allowance) -> None:
         self.path, self.data = path, data
         self.position = len(_MAGIC)
+        self._allowance = allowance
+
+    def claim(self, n_bytes: int) -> None:
+        """`DamagedError` if what was read takes more memory than a file of this size may."""
+        self._allowance.claim(n_bytes, str(self.path))
 
     def _take(self, n_bytes: int) -> int:
         start = self.position
@@ -438,6 +509,7 @@ class _Cursor:
     def string(self) -> bytes:
         length = self.number("<Q")
         start = self._take(length)
+        self.claim(_CHARACTER_MEMORY * length)
         return self.data[start : start + length]
 
     def scalar_format(self, kind: int) -> str:
@@ -452,6 +524,7 @@ class _Cursor:
         start = self._take(count * struct.calcsize(fmt))
         if count > _MAX_KEPT_ARRAY:
             return None
+        self.claim(_NUMBER_MEMORY * count)
         return list(struct.unpack_from(f"<{count}{fmt[1]}", self.data, start))
 
     def skip_strings(self, count: int) -> _StringArray:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from . import blocks, registry, tokens
 from .archive import Archive
-from .archived_track import ArchivedTrack
+from .archived_track import ArchivedTrack, lossy_chunks
 from .container.records import FrameRun
 from .container.snapshots import SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
@@ -82,8 +82,8 @@ class LossyCoder(Protocol):
         ...
 
     def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
-        """Whether the snapshot can decode the block of ``run``, which is not exact; notes what it
-        needs for that."""
+        """Whether the snapshot can decode the lossy layers of the block of ``run``, which has some;
+        notes what it needs for that."""
         ...
 
     def distance(
@@ -137,7 +137,7 @@ class BookCoder:
         return encode
 
     def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
-        codecs = {chunk.codec for chunk in old.archive.block(run).layer(-1)}
+        codecs = {chunk.codec for chunk in lossy_chunks(old.archive.block(run))}
         # Every save has one book.
         return codecs <= registry.BOOK_LOSSY and self._codec.reads(old.codec())
 
@@ -275,8 +275,8 @@ class SessionCoder:
             self.facts["bases"].append(name)
 
     def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
-        (chunk,) = old.archive.block(run).layer(-1)
-        if chunk.codec != registry.SESSION_TRANSFORM:
+        chunk, *finer = lossy_chunks(old.archive.block(run))
+        if finer or chunk.codec != registry.SESSION_TRANSFORM:
             return False
         where, payload = old.archive.chunk_payload(run.block, chunk)
         self._note(old.session_codec(payload, where).basis.id)

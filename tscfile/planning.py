@@ -68,11 +68,14 @@ def plan(
     """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
     if parent is None:
         return store_all(snapshot)
-    if not n_common and len(snapshot.tokens) and len(archive.head(parent).ids):
-        raise MismatchError(
-            f"{archive.path}: the save shares no first token with any of its snapshots; "
-            "pack another conversation into a file of its own"
-        )
+    origin = None
+    if len(snapshot.tokens) and len(archive.head(parent).ids):
+        origin = temporal.origins(archive.tokens(parent), snapshot.tokens, n_common)
+        if not n_common and origin is None:
+            raise MismatchError(
+                f"{archive.path}: the save shares no first token with any of its snapshots; "
+                "pack another conversation into a file of its own"
+            )
     record = archive.record(parent)
     old_tracks = {
         (track.cache, track.stream): track
@@ -83,16 +86,14 @@ def plan(
     if len(coding.tiers) > 1 and coding.names != record.layers:
         # Its frames would not be there in every tier.
         old = [None] * len(old)
-    origin = None
-    if n_common:
-        origin = temporal.origins(archive.tokens(parent), snapshot.tokens, n_common)
     planner = _Planner(archive, snapshot, coding, origin)
     plans = [
         temporal.store_all(len(track.cells)) if before is None else planner.track(track, before)
         for track, before in zip(snapshot.tracks, old, strict=True)
     ]
     # Where the file has nothing yet, nothing can be in common.
-    if n_cells and not n_common and all(plan.n_new == len(plan.block) for plan in plans):
+    is_other = n_cells and not n_common and origin is None
+    if is_other and all(plan.n_new == len(plan.block) for plan in plans):
         raise MismatchError(
             f"{archive.path}: the save has no tokens and no frame in common with the file; "
             "pack it into a file of its own"
@@ -159,6 +160,10 @@ class _Planner:
         if is_exact(entry):
             # Moved keys are other rows: a base at best.
             if moved or not self._may_need(old, run.block):
+                return none, False
+            lossy = coding.lossy if entry.n_layers > 1 else None
+            if lossy is not None and not lossy.takes(old, run):
+                # Its coarser layers are of another book, or of a basis where a book is given.
                 return none, False
             return _same_rows(old, run, track.read(*span)), False
         if coding.lossy is None or coding.finest.exact or not coding.lossy.takes(old, run):

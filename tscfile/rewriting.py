@@ -59,7 +59,8 @@ class Copier:
             header = ChunkHeader.read(reader)
             chunks.append(EncodedChunk(header, bytes(reader.take(reader.remaining))))
             self._progress(len(payload))
-        content_id = entry.content_id if chunks else blocks.NO_ID
+        # Frames of no tensors have no chunks either, and are all there.
+        content_id = blocks.NO_ID if entry.chunks and not chunks else entry.content_id
         if not any(chunk.codec == DIFFERENCE for chunk in wanted):
             sources = ()
         elif sources is None:

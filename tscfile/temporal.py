@@ -29,6 +29,9 @@ OWN = -1
 LEAST_MOVED = 16
 """Tokens that must follow one another in both saves for frames to count as moved."""
 
+_NO_BASE = np.iinfo(np.int64).min
+"""Where how far a base is from its frame is any number of cells."""
+
 Ints = NDArray[np.int64]
 
 
@@ -64,7 +67,7 @@ class TrackPlan:
         """Runs of frames to be stored, that are differences to frames of one run that have moved
         alike or to none."""
         cells = np.arange(len(self.block))
-        base = np.where(self.base < 0, -1, self.base - cells)
+        base = np.where(self.base < 0, _NO_BASE, self.base - cells)
         kind = np.stack([self.block < 0, base, np.where(self.base < 0, 0, self.moved)])
         edges = np.flatnonzero((np.diff(kind, axis=1) != 0).any(axis=0)) + 1
         starts = [0, *edges.tolist()] if len(cells) else []

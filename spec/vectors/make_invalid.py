@@ -590,6 +590,11 @@ RULES = (
          with_basis(stored=False)),
     Rule("codebooks-not-named", MISSING, "frames of codec 6, and no codebooks named",
          with_codebooks(named=False), info=0),
+    Rule("identity-type", "a key of the identity (section 12) of another type than stated there, "
+         "where the identity is used", "the number of layers is a string, and frames of codec 2",
+         with_book(book_bytes(), record=of_record(
+             tier="near", identity={"architecture": "toy", "n_layers": "two"},
+             coding={"book": book_bytes()[-32:].hex(), "rope_pairing": "norm"})), info=0),
     Rule("content-id", "content that does not hash to its id, where the whole of it was decoded",
          "a bit of the block's content id is changed",
          {"content_id": lambda id_: bytes([id_[0] ^ 1]) + id_[1:]}, info=0),

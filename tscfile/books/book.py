@@ -18,6 +18,7 @@ what is stored, so that this costs rate and not drift. ``spec/book.md`` gives th
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,8 +52,9 @@ IDS_PREFIX = "ids_"
 _OPTIONAL = (IDS_PREFIX, "exact_", "product_")
 """How the names of arrays begin that a book may lack."""
 
-_MEMORY_PER_BYTE, _MEMORY_SLACK = 64, 1 << 26
+_MEMORY_PER_BYTE, _MEMORY_SLACK = 2, 1 << 25
 """Bytes that the arrays of a book may take for each of its own, and beside."""
+_TIER_MEMORY, _ARRAY_MEMORY = 384, 256
 
 _DTYPES = {
     "f4": "<f4", "f2": "<f2", "i1": "<i1", "u1": "<u1", "i2": "<i2", "u2": "<u2", "i4": "<i4",
@@ -273,14 +275,15 @@ class Book:
     def _measured(self) -> list[tuple[float, float]]:
         """Steps and binary logarithms of KL, rising in both."""
         found = sorted((t.log_step, t.kl) for t in self.tiers.values() if t.kl > 0)
-        rising = [(float(step), math.log2(kl)) for step, kl in found]
+        rising: list[tuple[float, float]] = []
+        for step, kl in found:
+            point = float(step), math.log2(kl)
+            if not rising or (point[0] > rising[-1][0] and point[1] > rising[-1][1]):
+                rising.append(point)
         if len(rising) == 1:
             # KL grows about as the step to the power 1.6.
             rising.append((rising[0][0] + ladder.UNITS_PER_OCTAVE, rising[0][1] + 1.6))
-        return [
-            each for i, each in enumerate(rising)
-            if not i or (each[0] > rising[i - 1][0] and each[1] > rising[i - 1][1])
-        ]  # fmt: skip
+        return rising
 
     # --- bytes --------------------------------------------------------------------------------
 
@@ -302,21 +305,22 @@ class Book:
         return data + blake3(data).digest()
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Book:
+    def from_bytes(cls, data: bytes | memoryview, where: str) -> Book:
         """`DamagedError` for anything but a whole book."""
+        data = memoryview(data)
         if data[: len(MAGIC)] != MAGIC:
             raise DamagedError(f"{where}: not a tscfile book: the first bytes are not its magic")
         whole = len(data) >= len(MAGIC) + HASH_BYTES
         if not whole or blake3(data[:-HASH_BYTES]).digest() != book_id(data):
             raise DamagedError(f"{where}: the book's hash is wrong; it is damaged or cut short")
         allowance = Allowance(_MEMORY_PER_BYTE * len(data) + _MEMORY_SLACK)
-        reader = ByteReader(memoryview(data)[len(MAGIC) : -HASH_BYTES], where, allowance)
+        reader = ByteReader(data[len(MAGIC) : -HASH_BYTES], where, allowance)
         version = reader.uvarint()
         if version != VERSION:
             raise UnsupportedError(f"{where}: book version {version}; this build reads {VERSION}")
         facts = read_metadata(reader)
         tiers: dict[str, TierEntry] = {}
-        for _ in range(reader.count(21)):
+        for _ in range(reader.count(21, _TIER_MEMORY)):
             name = reader.string()
             _once(name, tiers, where)
             tiers[name] = TierEntry(name, *reader.unpack("idd"))
@@ -439,7 +443,7 @@ def _read_array(reader: ByteReader, arrays: dict[str, NDArray[Any]]) -> None:
     packed = reader.take(reader.uvarint())
     if name not in _SHAPES and not name.startswith(_OPTIONAL):
         return
-    reader.claim(n_bytes)
+    reader.claim(n_bytes + _ARRAY_MEMORY)
     content = zstd.decompress(packed, n_bytes, reader.where)
     if len(content) != n_bytes:
         raise DamagedError(f"{reader.where}: array {name!r} has the wrong size; damaged")
@@ -477,10 +481,13 @@ def load(path: str | os.PathLike[str]) -> OpenBook:
 @lru_cache(maxsize=4)
 def _load(path: str, modified: int, size: int) -> OpenBook:
     """Books are large and their bases take work to prepare, so the last ones are kept."""
-    return open_bytes(Path(path).read_bytes(), path)
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if found else b""
+    return open_bytes(memoryview(data), path)
 
 
-def open_bytes(data: bytes, where: str) -> OpenBook:
+def open_bytes(data: bytes | memoryview, where: str) -> OpenBook:
     """A whole book file in memory; `DamagedError` or `UnsupportedError` if it is none."""
     return OpenBook(book_id(data).hex(), Book.from_bytes(data, where), len(data))
 

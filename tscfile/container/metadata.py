@@ -81,6 +81,9 @@ def _read_value(reader: ByteReader) -> Any:
     if item_type not in (_BOOL, _STRING, *_LAYOUTS):
         raise DamagedError(f"{reader.where}: metadata items of unknown type {item_type}; damaged")
     n_items = reader.count(item_memory=_ITEM_MEMORY)
+    if item_type in _LAYOUTS:
+        # All at once: a few bytes of zstd can stand for any number of them.
+        return list(reader.unpack(f"{n_items}{_LAYOUTS[item_type]}"))
     return [_read_scalar(reader, item_type) for _ in range(n_items)]
 
 

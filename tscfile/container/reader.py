@@ -143,6 +143,8 @@ class Container:
         """The last trailer whose index record is whole, and the offset behind it."""
         # A whole file ends with its trailer; only for others is more than that looked at.
         end, reach = self.size, Trailer.SIZE
+        # Any number of trailers can name records as long as the file; whole ones are soon found.
+        search = Allowance(2 * self.size + _SLACK_BYTES)
         while end >= Header.SIZE + Trailer.SIZE:
             start = max(Header.SIZE, end - reach)
             window = self._bytes(start, end - start)
@@ -152,7 +154,7 @@ class Container:
                 if first < 0:
                     break
                 trailer = Trailer.read(window[first : first + Trailer.SIZE], start + first)
-                if trailer and self._is_index(trailer, start + first):
+                if trailer and self._is_index(trailer, start + first, search):
                     return trailer, start + first + Trailer.SIZE
             if start == Header.SIZE:
                 break
@@ -160,11 +162,12 @@ class Container:
             end, reach = start + Trailer.SIZE - 1, _SEARCH_WINDOW
         raise TruncatedError(f"{self.path}: no whole index; the file is cut short or damaged")
 
-    def _is_index(self, trailer: Trailer, end: int) -> bool:
+    def _is_index(self, trailer: Trailer, end: int, search: Allowance) -> bool:
         if trailer.index_offset + trailer.index_length > end:
             return False
         self.whole_end = end
         try:
+            search.claim(trailer.index_length, self.path)
             self.read(RecordRef(trailer.index_offset, trailer.index_length), INDEX)
         except DamagedError:
             return False

@@ -38,9 +38,11 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import files
+from ..bytestream import Allowance
 from ..dtypes import DTYPES, DType, dtype_from_ggml
 from ..errors import DamagedError, TruncatedError, UnsupportedError, UsageError
-from ..identity import _parse  # the one bounds-checked GGUF parser of the project
-from ..model import CellTable, ModelIdentity, Snapshot, TensorSpec, Track, read_into
+from ..identity import _parse, read_identity  # the one bounds-checked GGUF parser of the project
+from ..model import CellTable, Snapshot, TensorSpec, Track, read_into
 from .hf_layout import FORMAT, LLAMA_CPP, MAX_LAYERS, check_layout
 from .kv_arrays import read_facts, spans
 
@@ -65,6 +68,9 @@ _ALIGNMENT = 32
 _I8, _I32 = 24, 26
 _MAX_NAME = 63
 _MAX_TRACKS = 1024
+_TEXT_MEMORY, _SPEC_MEMORY = 64, 640
+"""About what a text and a tensor take in memory; see `Allowance`."""
+_TABLE = re.compile(r"kvcache\.(source|identity|track\.[0-9]+)\.")
 _CELL_ARRAYS = ("tokens", "pos", "seq_count", "seq", "ext")
 
 _U32_VALUE, _BOOL_VALUE, _STRING_VALUE, _ARRAY_VALUE, _I64_VALUE, _F64_VALUE = 4, 7, 8, 9, 11, 12
@@ -335,8 +341,8 @@ class _Reader:
             )
         if values.get("kvcache.version") != _VERSION:
             raise UnsupportedError(
-                f"{path}: version {values.get('kvcache.version')} of the cache schema; this build "
-                f"reads {_VERSION}"
+                f"{path}: version {str(values.get('kvcache.version'))[:20]} of the cache schema; "
+                f"this build reads {_VERSION}"
             )
         self._tensors: dict[str, Any] = {}
         for tensor in self._gguf.tensors:
@@ -355,14 +361,9 @@ class _Reader:
             self._track(number, *pair, cells, specs)
             for number, (pair, cells) in enumerate(zip(index, tables, strict=True))
         ]
-        prefix = f"{KIND}.opaque."
-        opaque = {
-            name.removeprefix(prefix): self._data(name, _I8, None).tobytes()
-            for name in self._tensors
-            if name.startswith(prefix)
-        }
+        opaque = self._opaque()
         self._check_all_used(tracks)
-        identity = ModelIdentity(self._facts("kvcache.identity."))
+        identity = read_identity(self._facts("kvcache.identity."), self._where)
         tokens = arrays["tokens"].astype(np.int32)
         snapshot = Snapshot(tokens, tracks, source, opaque, identity)
         self._check_source(snapshot)
@@ -374,19 +375,24 @@ class _Reader:
         return DamagedError(f"{self._where}: {message}; damaged")
 
     def _facts(self, prefix: str) -> dict[str, Any]:
+        return read_facts(self._tables.get(prefix, {}), self._where)
+
+    @cached_property
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        """Keys and values by what the key starts with, found in one go for all tracks."""
+        tables: dict[str, dict[str, Any]] = {}
         gguf = self._gguf
-        found = {
-            key.removeprefix(prefix): value
-            for key, value in gguf.values.items()
-            if key.startswith(prefix)
-        }
-        for key, texts in gguf.string_arrays.items():
-            if key.startswith(prefix):
-                found[key.removeprefix(prefix)] = self._texts(texts)
-        return read_facts(found, self._where)
+        for key in [*gguf.values, *gguf.string_arrays]:
+            if match := _TABLE.match(key):
+                extent = gguf.string_arrays.get(key)
+                value = gguf.values.get(key) if extent is None else self._texts(extent)
+                tables.setdefault(match[0], {})[key[match.end() :]] = value
+        return tables
 
     def _texts(self, extent: Any) -> list[str]:
         texts, at = [], extent.start
+        length = extent.stop - extent.start
+        self._gguf.allowance.claim(_TEXT_MEMORY * extent.count + 5 * length, self._where)
         for _ in range(extent.count):
             (length,) = struct.unpack_from("<Q", self._gguf.data, at)
             raw = self._gguf.data[at + 8 : at + 8 + length]
@@ -457,6 +463,17 @@ class _Reader:
             )
         return np.frombuffer(self._gguf.data, np.uint8, size, start)
 
+    def _opaque(self) -> dict[str, bytes]:
+        """Copies of all opaque parts, which cannot be more than the file."""
+        prefix, allowance = f"{KIND}.opaque.", Allowance(len(self._gguf.data))
+        parts = {}
+        for name in self._tensors:
+            if name.startswith(prefix):
+                data = self._data(name, _I8, None)
+                allowance.claim(data.nbytes, self._where)
+                parts[name.removeprefix(prefix)] = data.tobytes()
+        return parts
+
     def _words(self, name: str) -> NDArray[np.int32]:
         return self._data(name, _I32, None).view("<i4")
 
@@ -499,6 +516,7 @@ class _Reader:
         from .llama_state.layout import MAX_GGML_TYPE
 
         described = []
+        self._gguf.allowance.claim(_SPEC_MEMORY * len(types), self._where)
         for ggml_id, size, rotation in zip(types, row_bytes, rotations, strict=True):
             dtype = dtype_from_ggml(ggml_id)
             known = 0 <= ggml_id <= MAX_GGML_TYPE and -1 <= rotation < 1 << 16

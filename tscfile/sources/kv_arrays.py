@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DType
 from ..errors import DamagedError, UnsupportedError, UsageError
+from ..identity import read_identity
 from ..model import BLOCK_FRAMES, CellTable, ModelIdentity, Snapshot, TensorSpec, Track
 from .hf_layout import FORMAT, FULL, LATENT, MAX_LAYERS, SLIDING, text_cells
 
@@ -43,6 +44,7 @@ SPAN_BYTES = 64 << 20
 """Rows asked of a track at once, unless 256 frames take more."""
 
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([kv])")
+_HALVES = re.compile("[\ud800-\udfff]")
 _KINDS = (FULL, SLIDING, LATENT, "")
 
 
@@ -190,10 +192,12 @@ def snapshot_from_arrays(
         raise DamagedError(
             f"{where}: {len(tokens)} tokens for a cache that has seen {described.n_seen}"
         )
+    # One table for all tracks, of which each has the end: a layer may be smaller than its cells.
+    cells = text_cells(np.arange(described.n_seen, dtype=np.int32))
     return Snapshot(
         tokens=tokens.astype(np.int32),
         tracks=[
-            _track(layers, cache, described, found)
+            _track(layers, cache, described, found, cells)
             for cache, layers in enumerate(described.groups(found))
         ],
         source={"format": FORMAT, "n_layers": len(described.kinds)},
@@ -240,7 +244,7 @@ class _Description:
                 _number(facts.get("n_seen", ""), where),
                 _list(facts, "kinds", str, where),
                 _list(facts, "windows", int, where),
-                ModelIdentity(read_facts(_json(facts, "identity", where), where)),
+                read_identity(read_facts(_json(facts, "identity", where), where), where),
             )
         made.check(found, where)
         return made
@@ -281,7 +285,7 @@ class _Description:
 
 def _track(
     layers: list[int], cache: int, described: _Description,
-    found: Mapping[int, Mapping[str, HeadArray]],
+    found: Mapping[int, Mapping[str, HeadArray]], cells: CellTable,
 ) -> HeadsTrack:  # fmt: skip
     arrays = [found[layer][role] for role in "kv" for layer in layers]
     specs = []
@@ -297,9 +301,11 @@ def _track(
     }
     if attributes["kind"] == SLIDING:
         attributes["window"] = described.windows[layers[0]]
-    n_held = arrays[0].bits.shape[1]
-    cells = text_cells(np.arange(described.n_seen - n_held, described.n_seen))
-    return HeadsTrack(cache, 0, cells, specs, attributes, [array.bits for array in arrays])
+    first = described.n_seen - arrays[0].bits.shape[1]
+    own = CellTable(
+        cells.pos[first:], cells.seq_counts[first:], cells.seq_ids[first:], cells.ext[first:]
+    )
+    return HeadsTrack(cache, 0, own, specs, attributes, [array.bits for array in arrays])
 
 
 # --- metadata -------------------------------------------------------------------------------------
@@ -328,12 +334,17 @@ def read_facts(values: Any, where: str) -> dict[str, Any]:
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
         kinds = {type(item) for item in items}
+        if not _fits(name):
+            raise DamagedError(f"{where}: fact {name[:40]!r} has no name that can be written")
         if len(kinds) > 1 or not kinds <= {str, int, float, bool} or not all(map(_fits, items)):
             raise DamagedError(f"{where}: fact {name[:40]!r} is no text, number or list of them")
     return values
 
 
 def _fits(value: Any) -> bool:
+    if isinstance(value, str):
+        # JSON can hold halves of characters.
+        return not _HALVES.search(value)
     if isinstance(value, int):
         return -(1 << 63) <= value < 1 << 63
     return not isinstance(value, float) or math.isfinite(value)

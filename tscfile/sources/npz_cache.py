@@ -7,6 +7,7 @@ NumPy has no bf16, so bf16 arrays are uint16 bit patterns. The metadata is one a
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -49,10 +50,15 @@ _NPY_HEADER = re.compile(
 )
 """What NumPy writes for a plain array. Its own parser evaluates the header as Python, and fails in
 as many ways."""
-_GENEROUS = 64 << 20
+_GENEROUS = 48 << 20
 _MAX_EXPANSION = 8
-"""A compressed file may unpack to this many times its size, or to 64 MB: keys and values cannot be
+"""A compressed file may unpack to this many times its size, or to 48 MB: keys and values cannot be
 compressed further, so more than that is an attack on memory."""
+_MAX_DIRECTORY = 1 << 20
+"""Bytes of a zip file's list of members; the standard library makes ten times as much of them."""
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What NumPy writes. Other methods are decompressed without a bound by the standard library."""
+_PIECE = 1 << 20
 
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError,
@@ -118,8 +124,9 @@ def open_npz(path: str | os.PathLike[str]) -> Snapshot:
     """
     where = os.fspath(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = _read_members(archive, where)
+        with _Opened(path, where) as file, zipfile.ZipFile(file) as archive:
+            file.most = None
+            arrays = _read_members(archive, file.size, where)
     except _ZIP_ERRORS as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
@@ -137,11 +144,27 @@ def open_npz(path: str | os.PathLike[str]) -> Snapshot:
     )  # fmt: skip
 
 
-def _read_members(archive: zipfile.ZipFile, where: str) -> dict[str, NDArray[Any]]:
+class _Opened(io.BufferedReader):
+    """A file of which no more than ``most`` bytes are read at once, if that is not None."""
+
+    def __init__(self, path: str | os.PathLike[str], where: str) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+        self.most: int | None = _MAX_DIRECTORY
+        self._where = where
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = self.size - self.tell() if size is None or size < 0 else size
+        if self.most is not None and wanted > self.most:
+            raise DamagedError(f"{self._where}: its list of members takes {wanted} bytes; damaged")
+        return super().read(size)
+
+
+def _read_members(archive: zipfile.ZipFile, size: int, where: str) -> dict[str, NDArray[Any]]:
+    """Arrays by name; ``size``: bytes of the file."""
     entries = archive.infolist()
     if len(entries) > _MAX_MEMBERS:
         raise UnsupportedError(f"{where}: {len(entries)} arrays; at most {_MAX_MEMBERS}")
-    size = os.fstat(archive.fp.fileno()).st_size if archive.fp else 0
     if sum(entry.compress_size for entry in entries) > size:
         raise DamagedError(f"{where}: its members take more bytes than the file has")
     unpacked = sum(entry.file_size for entry in entries)
@@ -154,6 +177,8 @@ def _read_members(archive: zipfile.ZipFile, where: str) -> dict[str, NDArray[Any
         name = entry.filename.removesuffix(".npy")
         if name in made or name == entry.filename:
             raise UsageError(f"{where}: member {entry.filename[:40]!r} is no array of a cache")
+        if entry.compress_type not in _METHODS:
+            raise UnsupportedError(f"{where}: {name[:40]!r} is compressed in a way NumPy has not")
         with archive.open(entry) as member:
             made[name] = _read_member(member, entry.file_size, name, where)
     return made
@@ -174,9 +199,14 @@ def _read_member(member: IO[bytes], size: int, name: str, where: str) -> NDArray
     n_bytes = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or n_bytes > size:
         raise DamagedError(f"{where}: {name[:40]!r} of shape {shape[:8]} is more than its member")
-    data = member.read()
-    if len(data) != n_bytes:
-        raise DamagedError(f"{where}: {name[:40]!r} has {len(data)} bytes instead of {n_bytes}")
+    data, at = np.empty(n_bytes, np.uint8), 0
+    while part := member.read(_PIECE):
+        if at + len(part) > n_bytes:
+            raise DamagedError(f"{where}: {name[:40]!r} has more than {n_bytes} bytes; damaged")
+        data[at : at + len(part)] = np.frombuffer(part, np.uint8)
+        at += len(part)
+    if at < n_bytes:
+        raise DamagedError(f"{where}: {name[:40]!r} has {at} bytes instead of {n_bytes}; damaged")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if header[2] == b"True" else "C")
 
 
@@ -185,7 +215,11 @@ def _facts(array: NDArray[Any] | None, where: str) -> dict[str, str]:
         return {}
     if array.dtype.kind != "U" or array.size != 1:
         raise DamagedError(f"{where}: 'metadata' is no string")
-    values = parse_json(str(array.reshape(())), where)
+    try:
+        text = array.tobytes().decode("utf-32-le").rstrip("\0")
+    except UnicodeDecodeError:
+        raise DamagedError(f"{where}: 'metadata' holds what is no character; damaged") from None
+    values = parse_json(text, where)
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
         raise DamagedError(f"{where}: 'metadata' is no table of strings")
     return values

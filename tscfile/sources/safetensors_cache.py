@@ -38,7 +38,9 @@ Progress = Callable[[int], None]
 
 _NAMES = {"F16": "f16", "BF16": "bf16", "F32": "f32"}
 _TOKEN_TYPES = {"I32": "<i4", "I64": "<i8"}
-_MAX_HEADER = 16 << 20
+_MAX_HEADER = 2 << 20
+"""Bytes of JSON, which take up to twenty times as much memory; a cache of 1024 layers needs 0.2
+MB."""
 _ALIGNMENT = 8
 
 
@@ -176,7 +178,7 @@ def _locate(name: str, entry: Any, n_data: int, where: str) -> _Located:
     label = name[:40]
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, first, last]
+        numbers = [*shape, first, last] if isinstance(shape, list) else [None]
     except (KeyError, TypeError, ValueError):
         raise DamagedError(f"{where}: the entry of {label!r} lacks a field") from None
     if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in numbers):
@@ -219,6 +221,8 @@ def _array(data: Any, start: int, located: _Located, name: str, where: str) -> H
         raise UnsupportedError(
             f"{where}: {name[:40]!r} is of type {dtype}; {', '.join(_NAMES)} are carried"
         )
+    if 0 in shape:
+        raise DamagedError(f"{where}: {name[:40]!r} of shape {list(shape)} holds nothing")
     if len(shape) == 4 and shape[0] == 1:
         shape = shape[1:]
     carried = DTYPES[_NAMES[dtype]]

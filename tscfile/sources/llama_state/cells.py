@@ -6,6 +6,8 @@ shared. Both directions work on whole arrays, because a cache has a hundred thou
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -111,8 +113,10 @@ def _gather(words: NDArray[np.int32], counts: NDArray[np.int32], n_ext: int) -> 
     else:
         starts = _record_starts(counts, n_fixed)
         pos = words[starts]
-        ext = words[starts[:, None] + np.arange(2, n_fixed)]
-        seq_ids = words[_seq_id_words(starts, counts, n_fixed)]
+        ext = np.empty((n_cells, n_ext), np.int32)
+        for column in range(n_ext):
+            ext[:, column] = words[starts + (2 + column)]
+        seq_ids = words[_holds_seq_id(starts, len(words), n_fixed)]
     return CellTable(
         np.ascontiguousarray(pos, dtype=np.int32),
         counts,
@@ -121,19 +125,24 @@ def _gather(words: NDArray[np.int32], counts: NDArray[np.int32], n_ext: int) -> 
     )
 
 
-def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[np.int64]:
-    starts = np.zeros(len(counts), dtype=np.int64)
-    np.cumsum(counts[:-1] + np.int64(n_fixed), out=starts[1:])
+def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[np.signedinteger[Any]]:
+    """Where each record starts, in words. The integers are no wider than they must be: a file of
+    nothing but cells is read in about twice its size."""
+    n_words = len(counts) * n_fixed + int(counts.sum(dtype=np.int64))
+    starts: NDArray[Any] = np.zeros(len(counts), np.int32 if n_words < 1 << 31 else np.int64)
+    np.cumsum(counts[:-1], out=starts[1:])
+    starts += np.arange(len(counts), dtype=starts.dtype) * n_fixed
     return starts
 
 
-def _seq_id_words(
-    starts: NDArray[np.int64], counts: NDArray[np.int32], n_fixed: int
-) -> NDArray[np.int64]:
-    """Where each sequence id stands: the records' ends, without their fixed words."""
-    before: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64) - counts
-    shifts: NDArray[np.int64] = np.repeat(starts + n_fixed - before, counts)
-    return shifts + np.arange(int(counts.sum()))
+def _holds_seq_id(
+    starts: NDArray[np.signedinteger[Any]], n_words: int, n_fixed: int
+) -> NDArray[np.bool_]:
+    """Of each word whether it is a sequence id: the records without their fixed words."""
+    held = np.ones(n_words, np.bool_)
+    for word in range(n_fixed):
+        held[starts + word] = False
+    return held
 
 
 def _check_table(table: CellTable) -> None:
@@ -160,8 +169,9 @@ def encode_cells(table: CellTable) -> NDArray[np.int32]:
     starts = _record_starts(table.seq_counts, n_fixed)
     words[starts] = table.pos
     words[starts + 1] = table.seq_counts
-    words[starts[:, None] + np.arange(2, n_fixed)] = table.ext
-    words[_seq_id_words(starts, table.seq_counts, n_fixed)] = table.seq_ids
+    for column in range(table.ext.shape[1]):
+        words[starts + (2 + column)] = table.ext[:, column]
+    words[_holds_seq_id(starts, len(words), n_fixed)] = table.seq_ids
     return words
 
 

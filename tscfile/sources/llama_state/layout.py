@@ -32,6 +32,8 @@ MAX_ARCH_LENGTH = 64
 MAX_GGML_TYPE = 63
 MAX_LAYERS = 1024
 """Bound for layer counts, twice llama.cpp's ``LLAMA_MAX_LAYERS``."""
+MAX_ROW_BYTES = (1 << 31) - 1
+"""Bound for one cell's row of a tensor; where a stream has no cells, no file size bounds it."""
 
 KV = "kv"
 REC = "rec"

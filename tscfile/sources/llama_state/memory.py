@@ -27,6 +27,7 @@ from .layout import (
     KV,
     MAX_GGML_TYPE,
     MAX_LAYERS,
+    MAX_ROW_BYTES,
     MAX_SEQUENCES,
     MLA_ARCHS,
     MLA_CHANNELS,
@@ -194,7 +195,8 @@ class Search:
 
     def _note(self, misfit: Misfit) -> None:
         if self.furthest is None or misfit.offset > self.furthest.offset:
-            self.furthest = misfit
+            # A copy, as the traceback of what was raised keeps all tables read so far.
+            self.furthest = type(misfit)(misfit.offset, str(misfit), misfit.truncated)
 
     def _read_layout(self, start: int, layout: Layout) -> Iterator[Memory]:
         try:
@@ -421,14 +423,14 @@ class KvReader:
     def _read_rows(self, offset: int) -> tuple[DType, int, int]:
         type_id, row_bytes = self.source.unpack("iQ", offset, "a tensor header")
         dtype = _checked_type(type_id, offset)
-        if row_bytes == 0 or row_bytes % dtype.block_bytes:
+        if not 0 < row_bytes <= MAX_ROW_BYTES or row_bytes % dtype.block_bytes:
             raise Misfit(offset + 4, f"{dtype.name} rows of {row_bytes} bytes")
         return dtype, row_bytes, 0
 
     def _read_channels(self, offset: int) -> tuple[DType, int, int]:
         type_id, element_bytes, n_channels = self.source.unpack("iII", offset, "a tensor header")
         dtype = _checked_type(type_id, offset)
-        if dtype.is_quantized or n_channels == 0:
+        if dtype.is_quantized or not 0 < n_channels * dtype.block_bytes <= MAX_ROW_BYTES:
             raise Misfit(offset, f"transposed {dtype.name} values of {n_channels} channels")
         if dtype.name.startswith("ggml-"):
             raise Unknown(offset, f"transposed values of the unknown ggml type {type_id}")

@@ -175,7 +175,10 @@ def _snapshot(source: Bytes, prefix: _Prefix, memory: Memory) -> Snapshot:
     facts = _source_facts(prefix, memory, caches)
     facts["token_form"] = form
     identity = ModelIdentity({"architecture": prefix.arch} if prefix.arch else {})
-    rotated_since = _quantized_rotation(facts["generation"])
+    # A state without layers does not tell its generation, but has its rotation sizes all the same.
+    rotated_since = (
+        None if memory.layout.rotation else _quantized_rotation(facts["generation"])
+    )
     tracks: list[Track] = [
         _track(source, cache, index, stream, rotated_since)
         for cache, part in enumerate(caches)
