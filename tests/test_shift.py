@@ -251,6 +251,19 @@ def test_branches_from_before_and_after_a_shift(
     assert not tscfile.verify(path, book=BOOK).problems
 
 
+def test_a_token_that_happens_to_be_alike_does_not_choose_the_parent(tmp_path: Path) -> None:
+    """Behind those that are kept, the first token is now and then that of an older save."""
+    path, made = tmp_path / "a.tsc", make_snapshot(400, n_channels=32)
+    first = made.tokens[:200]
+    second = np.concatenate([first[:16], first[60:], made.tokens[200:244]])
+    second[40] = first[16]
+    third = np.concatenate([second[:16], second[40:], made.tokens[244:268]])
+    tscfile.pack(cut(replace(made, tokens=first), 200), path)
+    assert tscfile.append(cut(replace(made, tokens=second), 200), path).parent == 0
+    report = tscfile.append(cut(replace(made, tokens=third), 200), path)
+    assert (report.parent, report.n_tokens_common) == (1, 16)
+
+
 def test_no_token_is_kept(tokens: list[int], identity: ModelIdentity, tmp_path: Path) -> None:
     """llama-server keeps none or one of them unless told otherwise; a folder of such saves is one
     conversation."""

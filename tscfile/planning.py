@@ -104,7 +104,11 @@ def plan(
 
 
 def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None, int]:
-    """The snapshot with the most leading tokens in common, the newest of equals, and how many."""
+    """The snapshot to plan a save of these tokens against, and how many leading tokens they share.
+
+    That with the most in common, the newest of equals; or the newest of all where more of the
+    tokens are those of it, moved by a context shift: what is kept in front is common to many.
+    """
     best: int | None = None
     most = 0
     for number in reversed(range(len(archive))):
@@ -114,7 +118,19 @@ def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None,
         n_common = common_prefix(archive.tokens(number), ids)
         if best is None or n_common > most:
             best, most = number, n_common
+    newest = len(archive) - 1
+    if best is None or best == newest or most == len(ids):
+        return best, most
+    n_common = common_prefix(archive.tokens(newest), ids)
+    if _n_found(archive, newest, ids, n_common) > _n_found(archive, best, ids, most):
+        return newest, n_common
     return best, most
+
+
+def _n_found(archive: Archive, number: int, ids: NDArray[np.int32], n_common: int) -> int:
+    """How many tokens are those of a snapshot, where they were or moved."""
+    origin = temporal.origins(archive.tokens(number), ids, n_common)
+    return n_common if origin is None else int((origin >= 0).sum())
 
 
 class _Planner:
