@@ -237,6 +237,26 @@ def test_compacting_keeps_what_moved(
             assert new.size <= old.size
 
 
+def test_compacting_keeps_sources_that_nobody_else_needs(
+    shifted_series: dict[str, Path], tmp_path: Path
+) -> None:
+    """They are smaller than what is a difference to them would be by itself."""
+    path, out = shifted_series["lossless"], tmp_path / "out.tsc"
+    report = tscfile.compact(path, out, drop=(1, 2))
+    assert report.file_bytes < report.bytes_before
+    with tscfile.open(path) as old, tscfile.open(out) as new:
+        for number, at in ((0, 0), (3, 1), (4, 2)):
+            assert same_state(old.snapshot(number), new.snapshot(at))
+    assert not tscfile.verify(out).problems
+
+
+def test_compacting_names_a_shift_so(shifted_series: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.tsc"
+    tscfile.compact(shifted_series["balanced"], out, drop=(1,), book=BOOK)
+    with tscfile.open(out, book=BOOK) as archive:
+        assert [archive.record(n).plan for n in range(3)] == ["keyframe", "shift", "shift"]
+
+
 def test_branches_from_before_and_after_a_shift(
     shifted_series: dict[str, Path], thrice: list[Path], tmp_path: Path
 ) -> None:
