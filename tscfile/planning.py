@@ -63,15 +63,20 @@ def store_all(snapshot: Snapshot) -> Planned:
 
 
 def plan(
-    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coding: Coding
-) -> Planned:
-    """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
+    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coding: Coding,
+    same_conversation: bool = False,
+) -> Planned:  # fmt: skip
+    """Plan every track against ``parent``, which has ``n_common`` leading tokens in common.
+
+    `MismatchError` for a save that has nothing in common with it, unless it is known to be of the
+    ``same_conversation``, and for other tensors.
+    """
     if parent is None:
         return store_all(snapshot)
     origin = None
     if len(snapshot.tokens) and len(archive.head(parent).ids):
         origin = temporal.origins(archive.tokens(parent), snapshot.tokens, n_common)
-        if not n_common and origin is None:
+        if not n_common and origin is None and not same_conversation:
             raise MismatchError(
                 f"{archive.path}: the save shares no first token with any of its snapshots; "
                 "pack another conversation into a file of its own"
@@ -92,7 +97,7 @@ def plan(
         for track, before in zip(snapshot.tracks, old, strict=True)
     ]
     # Where the file has nothing yet, nothing can be in common.
-    is_other = n_cells and not n_common and origin is None
+    is_other = n_cells and not n_common and origin is None and not same_conversation
     if is_other and all(plan.n_new == len(plan.block) for plan in plans):
         raise MismatchError(
             f"{archive.path}: the save has no tokens and no frame in common with the file; "
