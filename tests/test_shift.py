@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,17 @@ def test_compacting_names_a_shift_so(shifted_series: dict[str, Path], tmp_path: 
     tscfile.compact(shifted_series["balanced"], out, drop=(1,), book=BOOK)
     with tscfile.open(out, book=BOOK) as archive:
         assert [archive.record(n).plan for n in range(3)] == ["keyframe", "shift", "shift"]
+
+
+def test_plans_as_json(
+    shifted_series: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tscfile_cli.main import main
+
+    assert main(["info", str(shifted_series["balanced"]), "--plan", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["plan"] for plan in plans[:3]] == ["keyframe", "shift", "append"]
+    assert {part["kind"] for part in plans[1]["parts"]} == {KEPT, MOVED, NEW}
 
 
 def test_branches_from_before_and_after_a_shift(
