@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import MemoryTrack, make_snapshot, same_state
 from tscfile_cli.main import main
 
 import tscfile
@@ -258,6 +260,27 @@ def test_another_tier(made: dict[str, Path], tmp_path: Path) -> None:
         parents = [old.head(number + 1).parent for number in range(1, 5)]
         assert [new.head(number).parent for number in range(1, 5)] == [p - 1 for p in parents if p]
         assert len(set(parents)) < 4
+
+
+def test_another_tier_without_the_save_that_links_others(tmp_path: Path) -> None:
+    """Two parts of a conversation that share no token: what follows from what the file says."""
+    path, out, made = tmp_path / "a.tsc", tmp_path / "b.tsc", make_snapshot(300)
+    parts = [
+        replace(make_snapshot(100), tokens=made.tokens[first : first + 100])
+        for first in (0, 50, 100, 150)
+    ]
+    for each in parts[1:]:
+        [track] = each.tracks
+        assert isinstance(track, MemoryTrack)
+        track.rows = [255 - part for part in track.rows]
+    tscfile.pack(parts[0], path)
+    for part in parts[1:]:
+        tscfile.append(part, path)
+    assert tscfile.compact(path, out, drop=(1,), tier="lossless").n_snapshots == 3
+    with Archive(out) as archive:
+        assert all(
+            same_state(a, b) for a, b in zip(archive, [parts[0], *parts[2:]], strict=True)
+        )
 
 
 def test_only_exact_saves_change_their_tier(

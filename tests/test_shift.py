@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,37 @@ def test_compacting_keeps_what_moved(
             assert new.size <= old.size
 
 
+def test_compacting_keeps_sources_that_nobody_else_needs(
+    shifted_series: dict[str, Path], tmp_path: Path
+) -> None:
+    """They are smaller than what is a difference to them would be by itself."""
+    path, out = shifted_series["lossless"], tmp_path / "out.tsc"
+    report = tscfile.compact(path, out, drop=(1, 2))
+    assert report.file_bytes < report.bytes_before
+    with tscfile.open(path) as old, tscfile.open(out) as new:
+        for number, at in ((0, 0), (3, 1), (4, 2)):
+            assert same_state(old.snapshot(number), new.snapshot(at))
+    assert not tscfile.verify(out).problems
+
+
+def test_compacting_names_a_shift_so(shifted_series: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.tsc"
+    tscfile.compact(shifted_series["balanced"], out, drop=(1,), book=BOOK)
+    with tscfile.open(out, book=BOOK) as archive:
+        assert [archive.record(n).plan for n in range(3)] == ["keyframe", "shift", "shift"]
+
+
+def test_plans_as_json(
+    shifted_series: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tscfile_cli.main import main
+
+    assert main(["info", str(shifted_series["balanced"]), "--plan", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["plan"] for plan in plans[:3]] == ["keyframe", "shift", "append"]
+    assert {part["kind"] for part in plans[1]["parts"]} == {KEPT, MOVED, NEW}
+
+
 def test_branches_from_before_and_after_a_shift(
     shifted_series: dict[str, Path], thrice: list[Path], tmp_path: Path
 ) -> None:
@@ -249,6 +281,19 @@ def test_branches_from_before_and_after_a_shift(
         report = tscfile.append(cut(whole, 150), path, book=BOOK)
         assert (report.parent, report.n_frames_new) == (number, 0)
     assert not tscfile.verify(path, book=BOOK).problems
+
+
+def test_a_token_that_happens_to_be_alike_does_not_choose_the_parent(tmp_path: Path) -> None:
+    """Behind those that are kept, the first token is now and then that of an older save."""
+    path, made = tmp_path / "a.tsc", make_snapshot(400, n_channels=32)
+    first = made.tokens[:200]
+    second = np.concatenate([first[:16], first[60:], made.tokens[200:244]])
+    second[40] = first[16]
+    third = np.concatenate([second[:16], second[40:], made.tokens[244:268]])
+    tscfile.pack(cut(replace(made, tokens=first), 200), path)
+    assert tscfile.append(cut(replace(made, tokens=second), 200), path).parent == 0
+    report = tscfile.append(cut(replace(made, tokens=third), 200), path)
+    assert (report.parent, report.n_tokens_common) == (1, 16)
 
 
 def test_no_token_is_kept(tokens: list[int], identity: ModelIdentity, tmp_path: Path) -> None:

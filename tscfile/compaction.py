@@ -130,11 +130,12 @@ class _Compactor:
         self._new_number = {number: i for i, number in enumerate(kept)}
         self._progress = progress or (lambda n: None)
         self._copier = Copier(archive, writer)
-        # Of each old block the books that those name who refer to it.
+        # Of each old block the books that those name who read it, be it as a difference's source.
         self._users: dict[int, set[object]] = {}
         for record in self._records:
-            for run in (run for track in record.tracks for run in track.runs):
-                self._users.setdefault(run.block, set()).add(record.coding.get("book"))
+            used = [run.block for track in record.tracks for run in track.runs]
+            for number in archive.with_sources(used):
+                self._users.setdefault(number, set()).add(record.coding.get("book"))
         # Of each old block the new block and frame of each of its frames; -1: not placed yet.
         self._places: dict[int, NDArray[np.int64]] = {}
         # Of each new block that is a difference, `Archive.source_ways` of its sources.
@@ -156,17 +157,16 @@ class _Compactor:
         }  # fmt: skip
         for number in sorted(differences):
             self._place_difference(differences[number], number)
-        keys: list[NDArray[np.int64]] = []
+        places: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []
         for record in self._records:
             parent = nearest_kept(self._archive, record, self._new_number)
             plans = [self._plan(part.runs) for part in record.tracks]
-            keys.append(_keys(plans))
+            places.append((_keys(plans), _positions(record)))
             plan = record.plan
             if record.parent is not None and record.parent not in self._new_number:
                 plan = temporal.KEYFRAME
                 if parent is not None:
-                    n_kept = int(np.isin(keys[-1], keys[parent]).sum())
-                    plan = temporal.name_plan(n_kept, len(keys[parent]))
+                    plan = _name(*places[-1], *places[parent])
             ids, contexts = self._ids(record, parent)
             new = replace(
                 record,
@@ -221,21 +221,61 @@ class _Compactor:
             self._store(track, record, start, stop, runs)
 
     def _place_difference(self, track: ArchivedTrack, number: int) -> None:
-        """Store a block that is coded as a difference, as one if what it is one to is kept."""
-        entry, places = self._archive.container.blocks[number], self._places_of(number)
-        sources = self._plan(entry.sources)
-        # The sources may be in more blocks than they were.
-        ways = sum(1 + self._ways.get(each, 0) for each in set(sources.block.tolist()))
-        if (sources.block >= 0).all() and ways <= MAX_SOURCE_WAYS:
-            new = self._copier.block(number, sources=sources.runs())
-            self._ways[new] = ways
+        """Store a block that is coded as a difference: as one if what it is one to is kept, or
+        takes less than the block would by itself."""
+        entry = self._archive.container.blocks[number]
+        if self._is_placed(entry.sources):
+            self._copy(track, number)
         else:
             chunks = encode_exact(track.block_rows(number), track.tensors, None, 0)
-            new = self._writer.add_block(
-                entry.n_frames, entry.content_id, entry.logical_id, chunks
-            )
-        places[:, 0], places[:, 1] = new, np.arange(len(places))
+            for each in self._sources_to_keep(number, sum(len(chunk.body) for chunk in chunks)):
+                self._copy(track, each)
+            if self._is_placed(entry.sources):
+                self._copy(track, number)
+            else:
+                self._put_alone(number, chunks)
         self._advance(track, entry.n_frames)
+
+    def _sources_to_keep(self, number: int, n_bytes: int) -> list[int]:
+        """Blocks that are not in the new file yet and that block ``number`` is a difference to, in
+        order; none if they, with it, take ``n_bytes`` or more, or are there in part."""
+        entries, found, level = self._archive.container.blocks, set[int](), {number}
+        while level:
+            runs = [run for each in level for run in entries[each].sources]
+            level = {run.block for run in runs if not self._is_placed([run])} - found
+            found |= level
+        if any((self._places_of(each)[:, 0] >= 0).any() for each in found):
+            return []
+        taken = (chunk.ref.length for each in (*found, number) for chunk in entries[each].chunks)
+        return sorted(found) if sum(taken) < n_bytes else []
+
+    def _is_placed(self, runs: Sequence[FrameRun]) -> bool:
+        return bool((self._plan(runs).block >= 0).all())
+
+    def _copy(self, track: ArchivedTrack, number: int) -> None:
+        """Copy a whole block behind what it is a difference to."""
+        sources = self._plan(self._archive.container.blocks[number].sources)
+        # The sources may be in more blocks than they were.
+        ways = sum(1 + self._ways.get(each, 0) for each in set(sources.block.tolist()))
+        if ways > MAX_SOURCE_WAYS:
+            rows = track.block_rows(number)
+            self._put_alone(number, encode_exact(rows, track.tensors, None, 0))
+            return
+        new = self._copier.block(number, sources=sources.runs())
+        self._ways[new] = ways
+        self._put(number, new)
+
+    def _put_alone(self, number: int, chunks: Sequence[EncodedChunk]) -> None:
+        """Store a block whose rows ``chunks`` hold by themselves."""
+        entry = self._archive.container.blocks[number]
+        self._put(number, self._writer.add_block(
+            entry.n_frames, entry.content_id, entry.logical_id, chunks
+        ))  # fmt: skip
+
+    def _put(self, number: int, new: int) -> None:
+        """The frames of a whole old block are those of block ``new``."""
+        places = self._places_of(number)
+        places[:, 0], places[:, 1] = new, np.arange(len(places))
 
     def _plan(self, runs: Sequence[FrameRun]) -> temporal.TrackPlan:
         """Where frames of the old file are in the new one, contexts as they are."""
@@ -279,10 +319,8 @@ class _Compactor:
         whole = len(runs) == 1 and (first.first, first.count) == (0, entry.n_frames)
         if whole or self._joins(first) is None:
             for number in dict.fromkeys(run.block for run in runs):
-                places = self._places_of(number)
-                if (places[:, 0] < 0).all():
-                    places[:, 0] = self._copier.block(number)
-                    places[:, 1] = np.arange(len(places))
+                if (self._places_of(number)[:, 0] < 0).all():
+                    self._put(number, self._copier.block(number))
             self._advance(track, stop - start)
             return
         frame_bytes = max(sum(tensor.row_bytes for tensor in track.tensors), 1)
@@ -341,6 +379,22 @@ def _keys(plans: Sequence[temporal.TrackPlan]) -> NDArray[np.int64]:
     """A number for each frame of a snapshot, the same for one stored frame."""
     keys = [plan.block << 16 | plan.frame for plan in plans]
     return np.concatenate([np.zeros(0, np.int64), *keys])
+
+
+def _positions(record: SnapshotRecord) -> NDArray[np.int32]:
+    """Where those frames are."""
+    parts = [track.cells.pos for track in record.tracks]
+    return np.concatenate([np.zeros(0, np.int32), *parts])
+
+
+def _name(
+    keys: NDArray[np.int64], pos: NDArray[np.int32], old_keys: NDArray[np.int64],
+    old_pos: NDArray[np.int32],
+) -> str:  # fmt: skip
+    """The word for a snapshot, given the frames of its parent."""
+    shared, here, there = np.intersect1d(keys, old_keys, return_indices=True)
+    n_moved = int((pos[here] != old_pos[there]).sum())
+    return temporal.name_plan(len(shared) - n_moved, len(old_keys), n_moved)
 
 
 def _pieces(

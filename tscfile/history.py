@@ -31,6 +31,7 @@ class History:
 
     ``coder_of(coding, where)``: what token ids of a snapshot with a book are coded with;
     ``check(record, where)``: raises `DamagedError` for a record that the file does not bear out.
+    ``max_cells``: cells of a track at most; as many as the file has frames, unless it is changed.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class History:
         # By snapshot and context, 0 for its own tokens.
         self._tokens: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._n_tokens = 0
-        self._max_cells = sum(block.n_frames for block in container.blocks)
+        self.max_cells = sum(block.n_frames for block in container.blocks)
 
     def record(self, number: int = -1) -> SnapshotRecord:
         """What the file says of snapshot ``number``; negative numbers count from the last.
@@ -186,7 +187,7 @@ class History:
                 return self._read_tokens(number, 0, coding)
 
         record, structure = SnapshotRecord.read(
-            payload, like, tokens_of, self._max_cells, where, allowance
+            payload, like, tokens_of, self.max_cells, where, allowance
         )
         self._check(record, where)
         self._records[number] = record, structure

@@ -117,14 +117,16 @@ def append(
     identity: ModelIdentity | None = None,
     name: str | None = None,
     wait: bool = True,
+    same_conversation: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
     """Add a later save of the same conversation to the archive ``path``.
 
     Only frames that are not in the file yet are stored; a lossless save takes nothing from lossy
     blocks, and only one of tier "tokens" goes without frames that the file does not have. ``tier``
-    is that of the parent by default, ``book`` where a lossy tier's book is. The new commit goes
-    behind what is there; if anything is raised the file is cut back to it.
+    is that of the parent by default, ``book`` where a lossy tier's book is.
+    ``same_conversation``: the save is of the file's, even where no token or frame tells. The new
+    commit goes behind what is there; if anything is raised the file is cut back to it.
 
     Raises `MismatchError` for a save of another conversation or another model, `TscError` if
     ``wait`` is False and another process is appending.
@@ -136,7 +138,7 @@ def append(
         identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tiers_from_names(tier or (old.layers if old else DEFAULT_TIER))
         coding = choose(chosen, book, snapshot, Target(), archive, old)
-        planned = plan(archive, snapshot, parent, n_common, coding)
+        planned = plan(archive, snapshot, parent, n_common, coding, same_conversation)
         before = archive.container.whole_end
         try:
             writer = ContainerWriter(fd, archive.container)

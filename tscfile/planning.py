@@ -63,15 +63,20 @@ def store_all(snapshot: Snapshot) -> Planned:
 
 
 def plan(
-    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coding: Coding
-) -> Planned:
-    """Plan every track against ``parent``, which has ``n_common`` leading tokens in common."""
+    archive: Archive, snapshot: Snapshot, parent: int | None, n_common: int, coding: Coding,
+    same_conversation: bool = False,
+) -> Planned:  # fmt: skip
+    """Plan every track against ``parent``, which has ``n_common`` leading tokens in common.
+
+    `MismatchError` for a save that has nothing in common with it, unless it is known to be of the
+    ``same_conversation``, and for other tensors.
+    """
     if parent is None:
         return store_all(snapshot)
     origin = None
     if len(snapshot.tokens) and len(archive.head(parent).ids):
         origin = temporal.origins(archive.tokens(parent), snapshot.tokens, n_common)
-        if not n_common and origin is None:
+        if not n_common and origin is None and not same_conversation:
             raise MismatchError(
                 f"{archive.path}: the save shares no first token with any of its snapshots; "
                 "pack another conversation into a file of its own"
@@ -92,7 +97,7 @@ def plan(
         for track, before in zip(snapshot.tracks, old, strict=True)
     ]
     # Where the file has nothing yet, nothing can be in common.
-    is_other = n_cells and not n_common and origin is None
+    is_other = n_cells and not n_common and origin is None and not same_conversation
     if is_other and all(plan.n_new == len(plan.block) for plan in plans):
         raise MismatchError(
             f"{archive.path}: the save has no tokens and no frame in common with the file; "
@@ -104,7 +109,11 @@ def plan(
 
 
 def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None, int]:
-    """The snapshot with the most leading tokens in common, the newest of equals, and how many."""
+    """The snapshot to plan a save of these tokens against, and how many leading tokens they share.
+
+    That with the most in common, the newest of equals; or the newest of all where more of the
+    tokens are those of it, moved by a context shift: what is kept in front is common to many.
+    """
     best: int | None = None
     most = 0
     for number in reversed(range(len(archive))):
@@ -114,7 +123,19 @@ def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None,
         n_common = common_prefix(archive.tokens(number), ids)
         if best is None or n_common > most:
             best, most = number, n_common
+    newest = len(archive) - 1
+    if best is None or best == newest or most == len(ids):
+        return best, most
+    n_common = common_prefix(archive.tokens(newest), ids)
+    if _n_found(archive, newest, ids, n_common) > _n_found(archive, best, ids, most):
+        return newest, n_common
     return best, most
+
+
+def _n_found(archive: Archive, number: int, ids: NDArray[np.int32], n_common: int) -> int:
+    """How many tokens are those of a snapshot, where they were or moved."""
+    origin = temporal.origins(archive.tokens(number), ids, n_common)
+    return n_common if origin is None else int((origin >= 0).sum())
 
 
 class _Planner:

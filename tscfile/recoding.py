@@ -13,12 +13,13 @@ from .packing import append, pack
 from .staging import staging
 
 Progress = Callable[[int], None]
+Book = str | os.PathLike[str] | None
 
 
 def recode(
     archive: Archive, numbers: Sequence[int], out: Path, tier: str | Sequence[str],
     *,
-    book: str | os.PathLike[str] | None = None,
+    book: Book = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:  # fmt: skip
@@ -35,10 +36,27 @@ def recode(
     files.refuse(out, force)
     with staging(out.parent) as folder:
         unfinished = folder / out.name
-        for number in numbers:
-            snapshot, name = archive.snapshot(number), archive.record(number).name
-            if number == numbers[0]:
-                pack(snapshot, unfinished, tier=tier, book=book, name=name, progress=progress)
-            else:
-                append(snapshot, unfinished, tier=tier, book=book, name=name, progress=progress)
+        try:
+            _write(archive, numbers, unfinished, tier, book, progress)
+        except OSError as error:
+            if error.filename == os.fspath(unfinished):
+                # Nobody knows of that one.
+                error.filename = os.fspath(out)
+            raise
         files.publish(unfinished, out, force=force)
+
+
+def _write(
+    archive: Archive, numbers: Sequence[int], out: Path, tier: str | Sequence[str], book: Book,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    for number in numbers:
+        snapshot, name = archive.snapshot(number), archive.record(number).name
+        if number == numbers[0]:
+            pack(snapshot, out, tier=tier, book=book, name=name, progress=progress)
+        else:
+            # What links it with those before may be a snapshot that is left out.
+            append(
+                snapshot, out, tier=tier, book=book, name=name, same_conversation=True,
+                progress=progress,
+            )  # fmt: skip

@@ -100,7 +100,7 @@ class LenientArchive(Archive):
     def __init__(self, container: Container, book: str | os.PathLike[str] | None) -> None:
         super().__init__(container.path, book=book, container=container)
         # Runs may speak of blocks that are not known; memory is bounded by the allowance.
-        self._max_cells = 1 << 40
+        self._history.max_cells = 1 << 40
 
     def _check_runs(self, record: SnapshotRecord, where: str) -> None:
         pass
