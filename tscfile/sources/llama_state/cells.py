@@ -125,18 +125,18 @@ def _gather(words: NDArray[np.int32], counts: NDArray[np.int32], n_ext: int) -> 
     )
 
 
-def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[np.signedinteger[Any]]:
+def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[Any]:
     """Where each record starts, in words. The integers are no wider than they must be: a file of
     nothing but cells is read in about twice its size."""
     n_words = len(counts) * n_fixed + int(counts.sum(dtype=np.int64))
-    starts = np.zeros(len(counts), np.int32 if n_words < 1 << 31 else np.int64)
+    starts: NDArray[Any] = np.zeros(len(counts), np.int32 if n_words < 1 << 31 else np.int64)
     np.cumsum(counts[:-1], out=starts[1:])
     starts += np.arange(len(counts), dtype=starts.dtype) * n_fixed
     return starts
 
 
 def _holds_seq_id(
-    starts: NDArray[np.signedinteger[Any]], n_words: int, n_fixed: int
+    starts: NDArray[Any], n_words: int, n_fixed: int
 ) -> NDArray[np.bool_]:
     """Of each word whether it is a sequence id: the records without their fixed words."""
     held = np.ones(n_words, np.bool_)
