@@ -41,7 +41,7 @@ from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord
 from tscfile.container.writer import ContainerWriter
 from tscfile.description import describe
 from tscfile.entropy import zstd
-from tscfile.errors import DamagedError, TscError, UnsupportedError
+from tscfile.errors import DamagedError, TscError, UnsupportedError, UsageError
 from tscfile.model import Snapshot, TensorSpec
 
 TINY = {"n_layers": 1, "n_channels": 8, "opaque": {"appendix": b"checkpoint" * 4}}
@@ -701,6 +701,9 @@ def test_forged_facts_of_the_model(
     forgery.snapshots = [with_changes(record, identity=identity)]
     error = outcome(forgery.write(tmp_path / "a.tsc"))
     assert isinstance(error, DamagedError) and f"fact {next(iter(identity))}" in str(error)
+    with pytest.raises(UsageError):
+        tscfile.pack(make_snapshot(3, identity=identity), tmp_path / "b.tsc")
+    assert not (tmp_path / "b.tsc").exists()
     forgery.snapshots = [with_changes(record, identity={"unknown": ["anything"]})]
     assert outcome(forgery.write(tmp_path / "a.tsc")) is None
 

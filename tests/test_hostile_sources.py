@@ -359,10 +359,10 @@ def test_gguf_metadata_of_many_small_things(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, (data, count) in keys.items():
         path.write_bytes(gguf_file(data, count))
-        for read in (open_source, identity_from_gguf):
-            with bounded_memory(path, slack=40 << 20), pytest.raises(TscError):
-                read(path)
-                pytest.fail(name)
+        # Caches are read by the same parser.
+        with bounded_memory(path, slack=40 << 20), pytest.raises(DamagedError, match="describes"):
+            identity_from_gguf(path)
+            pytest.fail(name)
     tensor = text(b"") + struct.pack("<IIQ", 0, 0, 0)
     path.write_bytes(gguf_file(b"", 0, tensor * 150_000, 150_000))
     with bounded_memory(path), pytest.raises(TscError):

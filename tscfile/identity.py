@@ -106,7 +106,7 @@ def identity_from_gguf(path: str | os.PathLike[str], *, weights: bool = True) ->
         if weights:
             facts["weights_blake3"] = weights_fingerprint(shards)
     # Where layers differ in what the facts have one number for, they say nothing of it.
-    return ModelIdentity({key: value for key, value in facts.items() if _is_fact(key, value)})
+    return ModelIdentity({key: value for key, value in facts.items() if is_fact(key, value)})
 
 
 def read_identity(facts: Mapping[str, Any], where: str) -> ModelIdentity:
@@ -117,14 +117,14 @@ def read_identity(facts: Mapping[str, Any], where: str) -> ModelIdentity:
     tscfile.errors.DamagedError: example: the model's fact n_layers cannot be 'many'; damaged
     """
     for key, value in facts.items():
-        if not _is_fact(key, value):
+        if not is_fact(key, value):
             raise DamagedError(
                 f"{where}: the model's fact {key} cannot be {_short(repr(value))}; damaged"
             )
     return ModelIdentity(dict(facts))
 
 
-def _is_fact(key: str, value: Any) -> bool:
+def is_fact(key: str, value: Any) -> bool:
     """May ``value`` stand for the fact ``key``? Any may for those that are not known here."""
     if key in _TEXTS:
         return isinstance(value, str)

@@ -12,8 +12,8 @@ from . import files
 from .archive import Archive
 from .coding import Coding, choose
 from .container.writer import ContainerWriter
-from .errors import MismatchError
-from .identity import compare
+from .errors import MismatchError, UsageError
+from .identity import compare, is_fact
 from .locking import locked
 from .lossy_coding import Target
 from .model import ModelIdentity, Snapshot
@@ -174,6 +174,9 @@ def identify(
             raise MismatchError(f"the model is another one: {'; '.join(differences)}")
         if other:
             known = ModelIdentity({**known.facts, **other.facts})
+    for key, value in known.facts.items():
+        if not is_fact(key, value):
+            raise UsageError(f"the model's fact {key} cannot be {str(value)[:40]!r}")
     snapshot.identity = known
 
 

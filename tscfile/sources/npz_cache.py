@@ -154,9 +154,12 @@ class _Opened(io.BufferedReader):
         self._where = where
 
     def read(self, size: int | None = -1, /) -> bytes:
-        wanted = self.size - self.tell() if size is None or size < 0 else size
-        if self.most is not None and wanted > self.most:
-            raise DamagedError(f"{self._where}: its list of members takes {wanted} bytes; damaged")
+        if self.most is not None:
+            wanted = self.size - self.tell() if size is None or size < 0 else size
+            if wanted > self.most:
+                raise DamagedError(
+                    f"{self._where}: its list of members takes {wanted} bytes; damaged"
+                )
         return super().read(size)
 
 

@@ -125,7 +125,7 @@ def _gather(words: NDArray[np.int32], counts: NDArray[np.int32], n_ext: int) -> 
     )
 
 
-def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[np.signedinteger[Any]]:
+def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[Any]:
     """Where each record starts, in words. The integers are no wider than they must be: a file of
     nothing but cells is read in about twice its size."""
     n_words = len(counts) * n_fixed + int(counts.sum(dtype=np.int64))
@@ -136,7 +136,7 @@ def _record_starts(counts: NDArray[np.int32], n_fixed: int) -> NDArray[np.signed
 
 
 def _holds_seq_id(
-    starts: NDArray[np.signedinteger[Any]], n_words: int, n_fixed: int
+    starts: NDArray[Any], n_words: int, n_fixed: int
 ) -> NDArray[np.bool_]:
     """Of each word whether it is a sequence id: the records without their fixed words."""
     held = np.ones(n_words, np.bool_)
