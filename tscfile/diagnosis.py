@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +23,7 @@ from .container.records import (
     RECORD_NAMES,
     SNAPSHOT,
     BlockEntry,
+    FrameRun,
     RecordRef,
 )
 from .container.snapshots import SnapshotHead, SnapshotRecord
@@ -118,39 +120,36 @@ class _Hits:
 
 @dataclass(frozen=True)
 class _Use:
-    """A frame run of a snapshot: cells ``start`` to ``stop`` of a track."""
+    """A frame run of a snapshot: cells ``start`` to ``stop`` of the track at ``place`` in it."""
 
     snapshot: int
-    track: ArchivedTrack
+    place: int
     start: int
     stop: int
 
-    @property
-    def cells(self) -> Cells:
-        pos = self.track.cells.pos[self.start : self.stop]
-        return Cells(
-            self.track.cache, self.track.stream, self.start, self.stop,
-            int(pos.min()), int(pos.max()),
-        )  # fmt: skip
-
 
 class Diagnosis:
-    """``records``: of the snapshots that can be read. ``bad``: what cannot be had whole, and
+    """``readable``: the snapshots whose records are. ``bad``: what cannot be had whole, and
     ``undecoded`` the blocks that could not be decoded here, for want of a book for instance, though
-    their chunks have their checksums; both are complete once everything was checked."""
+    their chunks have their checksums; both are complete once everything was checked.
+
+    Records are read one after another and not kept: each may take as much memory as a file of this
+    size may."""
 
     def __init__(self, recovery: Recovery, *, needs_books: bool = True) -> None:
         """``needs_books``: raise `UsageError` where a book is not at hand, and call a block bad
         that cannot be decoded here."""
         self.recovery, self.archive = recovery, recovery.archive
-        self.records: dict[int, SnapshotRecord] = {}
+        self.readable: set[int] = set()
         self.bad = _Hits()
         self.undecoded: set[int] = set()
         self._n_frames = sum(entry.n_frames for entry in self.archive.container.blocks)
         # Where the book in the file is damaged, that is what there is to say.
         self._needs_books = needs_books and all(map(self._is_readable, self._books()))
         self._errors: dict[object, TscError] = {}
-        self._uses: dict[int, list[_Use]] = {}
+        # Of each block how many layers the snapshot has that reads most of them, which one it is,
+        # and which of its tracks.
+        self._readers: dict[int, tuple[int, int, int]] = {}
         self._misfits: list[tuple[_Use, str]] = []
         self._leads: dict[int, set[int]] = {}
 
@@ -182,8 +181,8 @@ class Diagnosis:
                 self.bad.snapshots.add(number)
                 self._errors[number] = error
                 continue
-            self.records[number] = record
-            self._note_uses(record)
+            self.readable.add(number)
+            self._note_readers(record)
             if not quick:
                 self._check_parts(record)
 
@@ -191,8 +190,9 @@ class Diagnosis:
         """Decode every block that a snapshot uses; ``progress``: raw bytes of each."""
         if self._needs_books:
             # Found out before the blocks are decoded.
-            for uses in self._uses.values():
-                uses[0].track.find_book()
+            for block in {reader: block for block, reader in self._readers.items()}.values():
+                if track := self._track(block):
+                    track.find_book()
         entries = self.archive.container.blocks
         for (number, entry), error in zip(
             enumerate(entries), workers.in_order(self._check_block, range(len(entries))),
@@ -263,30 +263,55 @@ class Diagnosis:
                 self.bad.parts.add((record.number, entry.name))
                 self._errors[record.number, entry.name] = error
 
-    def _note_uses(self, record: SnapshotRecord) -> None:
-        for part in record.tracks:
-            track, at = ArchivedTrack(self.archive, part, record), 0
+    def _note_readers(self, record: SnapshotRecord) -> None:
+        where = self._where(record)
+        for run, use in self._runs_of(record):
+            try:
+                if run.block not in self.recovery.lost:
+                    part = record.tracks[use.place]
+                    self.archive.check_run(run, use.start, part, record, where)
+            except DamagedError as error:
+                self._misfits.append((use, str(error)))
+                continue
+            n_layers, *_ = self._readers.get(run.block, (0,))
+            if len(record.layers) > n_layers:
+                self._readers[run.block] = len(record.layers), record.number, use.place
+
+    def _runs_of(self, record: SnapshotRecord) -> Iterator[tuple[FrameRun, _Use]]:
+        for place, part in enumerate(record.tracks):
+            at = 0
             for run in part.runs:
                 if run.count:
-                    use = _Use(record.number, track, at, at + run.count)
-                    try:
-                        if run.block not in self.recovery.lost:
-                            self.archive.check_run(run, at, part, record, self._where(record))
-                        self._uses.setdefault(run.block, []).append(use)
-                    except DamagedError as error:
-                        self._misfits.append((use, str(error)))
+                    yield run, _Use(record.number, place, at, at + run.count)
                 at += run.count
+
+    @cached_property
+    def _uses(self) -> dict[int, list[_Use]]:
+        """Of each block the runs that name it; only damaged files need to know."""
+        misfits, found = {use for use, _ in self._misfits}, dict[int, list[_Use]]()
+        for number in sorted(self.readable):
+            for run, use in self._runs_of(self.archive.record(number)):
+                if use not in misfits:
+                    found.setdefault(run.block, []).append(use)
+        return found
+
+    def _track(self, block: int) -> ArchivedTrack | None:
+        """One that a block is read by, with all of its layers if there is one."""
+        if block not in self._readers:
+            return None
+        _, number, place = self._readers[block]
+        record = self.archive.record(number)
+        return ArchivedTrack(self.archive, record.tracks[place], record)
 
     def _check_block(self, number: int) -> TscError | None:
         if number in self.recovery.lost:
             where = f"{self.archive.path}: block {number}"
             return DamagedError(f"{where}: nothing that is left tells of it; damaged")
         entry = self.archive.container.blocks[number]
-        uses = self._uses.get(number)
-        if uses:
+        track = self._track(number)
+        if track is not None:
             try:
-                # By a snapshot that reads all of its layers, if there is one.
-                max(uses, key=lambda use: use.track.n_layers).track.check_block(number)
+                track.check_block(number)
             except DamagedError as error:
                 return error
             except TscError as error:
@@ -319,7 +344,7 @@ class Diagnosis:
         parts: dict[int, list[str]] = {}
         uses = [use for block in sorted(hits.blocks) for use in self._uses.get(block, ())]
         for use in (*uses, *(use for use, _ in misfits)):
-            cells.setdefault(use.snapshot, []).append(use.cells)
+            cells.setdefault(use.snapshot, []).append(self._cells(use))
         for number, name in sorted(hits.parts):
             parts.setdefault(number, []).append(name)
         numbers = sorted(hits.snapshots | cells.keys() | parts.keys())
@@ -328,6 +353,13 @@ class Diagnosis:
             Loss(number, False, _joined(cells.get(number, ())), tuple(parts.get(number, ())))
             for number in numbers
         ]  # fmt: skip
+
+    def _cells(self, use: _Use) -> Cells:
+        track = self.archive.record(use.snapshot).tracks[use.place]
+        pos = track.cells.pos[use.start : use.stop]
+        return Cells(
+            track.cache, track.stream, use.start, use.stop, int(pos.min()), int(pos.max())
+        )
 
     def states(self) -> list[SnapshotState]:
         """Of every snapshot, as the file is: flipped bits that salvage puts right are not."""
@@ -342,8 +374,9 @@ class Diagnosis:
         ]
 
     def _n_cells(self, number: int) -> int | None:
-        record = self.records.get(number)
-        return None if record is None else sum(len(track.cells) for track in record.tracks)
+        if number not in self.readable:
+            return None
+        return sum(len(track.cells) for track in self.archive.record(number).tracks)
 
     # --- what does it -------------------------------------------------------------------------
 
@@ -363,7 +396,7 @@ class Diagnosis:
             hits = _Hits(parts={(number, name)})
             found.append(self._of_check(self._errors[number, name], hits))
         for use, message in self._misfits:
-            loss = Loss(use.snapshot, False, (use.cells,))
+            loss = Loss(use.snapshot, False, (self._cells(use),))
             found.append(Damage("frame run", 0, 0, None, [loss], None, _line(message, [loss])))
         return found
 
@@ -437,9 +470,9 @@ class Diagnosis:
         for number, ref in enumerate(container.snapshots):
             if ref.length:
                 yield ref.offset, "snapshot", number
-        for record in self.records.values():
-            for part in record.opaque:
-                yield part.ref.offset, "opaque", (record.number, part.name)
+        for number in sorted(self.readable):
+            for part in self.archive.record(number).opaque:
+                yield part.ref.offset, "opaque", (number, part.name)
         yield from ((segment.ref.offset, "index", None) for segment in container.segments)
         for type_ in (BASIS, BOOK, CODEBOOKS):
             yield from ((ref.offset, "extra", type_) for ref in container.extras(type_))
@@ -464,8 +497,8 @@ class Diagnosis:
     def _blocks_that_need(self, offset: int, type_: int) -> set[int]:
         """Blocks that are decoded with a basis, book or codebooks record."""
         return {
-            number for number, uses in self._uses.items()
-            if offset in self._needs(number, uses[0].track, type_)
+            number for number in self._readers
+            if (track := self._track(number)) and offset in self._needs(number, track, type_)
         }  # fmt: skip
 
     def _needs(self, number: int, track: ArchivedTrack, type_: int) -> set[int]:

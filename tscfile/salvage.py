@@ -189,7 +189,7 @@ class _Salvager:
         loss = self._losses.get(number)
         if loss is not None and loss.everything:
             raise DamagedError("its record, or one that it is read with, is damaged")
-        record = self._diagnosis.records[number]
+        record = self._archive.record(number)
         n_before = sum(len(track.cells) for track in record.tracks)
         new, is_cut = record, False
         if loss is not None:
