@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from shifted_states import MODEL, heldout_tokens, shifted_pair
 
 import tscfile
-from tscfile import temporal
+from tscfile import planning, temporal
+from tscfile.container.snapshots import TOKEN_MEMORY
 from tscfile.errors import UsageError
 from tscfile.explanation import DIFFERENCE, KEPT, MOVED, NEW, explain
 from tscfile.identity import identity_from_gguf
@@ -280,6 +281,25 @@ def test_branches_from_before_and_after_a_shift(
         whole = open_source(save)
         report = tscfile.append(cut(whole, 150), path, book=BOOK)
         assert (report.parent, report.n_frames_new) == (number, 0)
+    assert not tscfile.verify(path, book=BOOK).problems
+
+
+def test_no_more_contexts_than_readers_have_room_for(
+    thrice: list[Path], identity: ModelIdentity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts are lists of tokens; many long ones in a small file would be refused as damage."""
+    assert planning.MOST_CONTEXT_TOKENS * TOKEN_MEMORY < 32 << 20
+    path, n_tokens = tmp_path / "a.tsc", [len(open_source(save).tokens) for save in thrice]
+    tscfile.pack(thrice[0], path, tier="balanced", book=BOOK, identity=identity)
+    for number, save in enumerate(thrice[1:], 1):
+        # Those of the save itself, and one context.
+        room = n_tokens[number] + max(n_tokens) - path.stat().st_size // TOKEN_MEMORY
+        monkeypatch.setattr(planning, "MOST_CONTEXT_TOKENS", room)
+        tscfile.append(save, path, book=BOOK)
+    with tscfile.open(path, book=BOOK) as archive:
+        assert [len(archive.head(n).contexts) for n in range(5)] == [0, 1, 1, 1, 1]
+    worst = errors(path, 0, thrice[0]).max()
+    assert errors(path, 4, thrice[4]).max() <= 1.05 * worst + 1e-5
     assert not tscfile.verify(path, book=BOOK).problems
 
 

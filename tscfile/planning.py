@@ -13,13 +13,17 @@ from .archive import MAX_SOURCE_CHAIN, Archive
 from .archived_track import ArchivedTrack, is_absent, is_exact
 from .coding import Coding
 from .container.records import MAX_CONTEXTS, FrameRun
-from .container.snapshots import common_prefix
+from .container.snapshots import TOKEN_MEMORY, common_prefix
 from .context import FrameContext
 from .errors import MismatchError
 from .model import Snapshot, Track
 from .tokens_tier import TokensCoder
 
 Rows = NDArray[np.uint8]
+
+MOST_CONTEXT_TOKENS = 1 << 19
+"""Tokens of a snapshot and of its contexts, together, in a small file: a reader allows for 32 MiB
+and twice the file, and a token claims `TOKEN_MEMORY` of it."""
 
 
 @dataclass
@@ -103,9 +107,8 @@ def plan(
             f"{archive.path}: the save has no tokens and no frame in common with the file; "
             "pack it into a file of its own"
         )
-    return Planned(
-        parent, n_cells, plans, n_common, old, _contexts(plans), planner.max_delta_error
-    )
+    contexts = _contexts(archive, parent, len(snapshot.tokens), plans)
+    return Planned(parent, n_cells, plans, n_common, old, contexts, planner.max_delta_error)
 
 
 def choose_parent(archive: Archive, ids: NDArray[np.int32]) -> tuple[int | None, int]:
@@ -294,13 +297,20 @@ def _drop_small(plan: temporal.TrackPlan, fewest: int) -> None:
             plan.drop(which)
 
 
-def _contexts(plans: Sequence[temporal.TrackPlan]) -> tuple[int, ...]:
+def _contexts(
+    archive: Archive, parent: int, n_tokens: int, plans: Sequence[temporal.TrackPlan]
+) -> tuple[int, ...]:
     """The parent's contexts that plans refer to, the newest first; what refers to more than a
-    snapshot may have is stored anew."""
-    found = sorted({int(each) for plan in plans for each in plan.context if each >= 0})
+    snapshot of ``n_tokens`` may have, or than readers make room for, is stored anew."""
+    found = sorted(set[int]().union(*(plan.context[plan.context >= 0].tolist() for plan in plans)))
+    head = archive.head(parent)
+    lengths = [len(head.ids), *(len(context.ids) for context in head.contexts)]
+    room = MOST_CONTEXT_TOKENS + archive.size // TOKEN_MEMORY - n_tokens
+    fit = np.cumsum([lengths[number] for number in found], dtype=np.int64) <= room
+    n = min(int(fit.sum()), MAX_CONTEXTS)
     for plan in plans:
-        plan.drop(np.isin(plan.context, found[MAX_CONTEXTS:]))
-    return tuple(found[:MAX_CONTEXTS])
+        plan.drop(np.isin(plan.context, found[n:]))
+    return tuple(found[:n])
 
 
 def _n_patched(plan: temporal.TrackPlan) -> int:

@@ -34,7 +34,7 @@ Tokens = Callable[[], NDArray[np.int32]]
 
 # About what an item takes in memory once it is read; claimed before, see `Allowance`.
 _TENSOR_MEMORY, _TRACK_MEMORY, _OPAQUE_MEMORY = 192, 2048, 384
-_TOKEN_MEMORY = 40
+TOKEN_MEMORY = 40
 
 _STRUCTURE_LEVEL = 19
 
@@ -63,7 +63,7 @@ class TokenIds:
     @classmethod
     def read(cls, reader: ByteReader) -> TokenIds:
         kept, count = (reader.uvarint(limit=0x7FFFFFFF) for _ in range(2))
-        reader.claim(_TOKEN_MEMORY * (kept + count))
+        reader.claim(TOKEN_MEMORY * (kept + count))
         return cls(kept, count, reader.u8(), bytes(reader.take(reader.uvarint())))
 
 
