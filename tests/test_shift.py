@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shifted_states import MODEL, heldout_tokens, shifted_pair
 
 import tscfile
-from tscfile import temporal
+from tscfile import planning, temporal
 from tscfile.errors import UsageError
 from tscfile.explanation import DIFFERENCE, KEPT, MOVED, NEW, explain
 from tscfile.identity import identity_from_gguf
@@ -280,6 +280,22 @@ def test_branches_from_before_and_after_a_shift(
         whole = open_source(save)
         report = tscfile.append(cut(whole, 150), path, book=BOOK)
         assert (report.parent, report.n_frames_new) == (number, 0)
+    assert not tscfile.verify(path, book=BOOK).problems
+
+
+def test_no_more_contexts_than_a_snapshot_may_have(
+    thrice: list[Path], identity: ModelIdentity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would need another is stored anew."""
+    monkeypatch.setattr(planning, "MAX_CONTEXTS", 1)
+    path = tmp_path / "a.tsc"
+    tscfile.pack(thrice[0], path, tier="balanced", book=BOOK, identity=identity)
+    for save in thrice[1:]:
+        tscfile.append(save, path, book=BOOK)
+    with tscfile.open(path, book=BOOK) as archive:
+        assert [len(archive.head(n).contexts) for n in range(5)] == [0, 1, 1, 1, 1]
+    worst = errors(path, 0, thrice[0]).max()
+    assert errors(path, 4, thrice[4]).max() <= 1.05 * worst + 1e-5
     assert not tscfile.verify(path, book=BOOK).problems
 
 
