@@ -1,4 +1,5 @@
-# make demo: a session packed, checked, unpacked and resumed. make test: the whole test suite.
+# make demo: a session packed, checked, unpacked and resumed. make test: style, types, the whole
+# test suite, and how much of the code it ran: the files below 80 % and the total.
 # Both set up .venv first; PYTHON chooses the interpreter (3.11 to 3.13).
 
 PYTHON ?= python3
@@ -20,7 +21,10 @@ demo: $(VENV)/.demo
 	$(BIN)/tsc resume $(OUT)/session.tsc --model $(MODEL) --prompt " We must" -n 48
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/coverage report --sort=cover | awk 'NR == 1 || /^TOTAL/ || $$NF + 0 < 80 && /%$$/'
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) -e '.[llama]'

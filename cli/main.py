@@ -23,7 +23,7 @@ _COMMANDS = {
     "unpack": "Take a session out again.",
     "convert": "Turn one cache file into another kind.",
     "info": "Say what an archive holds.",
-    "verify": "Check an archive.",
+    "verify": "Check an archive; salvage a damaged one.",
     "compact": "Write an archive again: without some saves, in full blocks.",
     "demote": "Make an archive smaller by dropping its finer layers.",
     "prune": "Remove old archives from a folder.",

@@ -103,9 +103,8 @@ def snapshot_option(function: F) -> F:
 
 
 def print_json(value: Any) -> None:
-    """A dataclass or plain value as indented JSON on stdout."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    """A plain value with dataclasses in it, or one of those, as indented JSON on stdout."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=dataclasses.asdict)
     # Paths are bytes and need not be text.
     click.echo(text.encode(errors="replace").decode())
 

@@ -46,7 +46,8 @@ def log2(values: NDArray[np.int64]) -> NDArray[np.int64]:
     shifts = np.zeros_like(values)
     while (values >> shifts >= 1 << LOG2_BITS).any():
         shifts += values >> shifts >= 1 << LOG2_BITS
-    return LOG2[values >> shifts] + UNITS_PER_OCTAVE * shifts
+    units: NDArray[np.int64] = LOG2[values >> shifts] + UNITS_PER_OCTAVE * shifts
+    return units
 
 
 def _probability() -> NDArray[np.int64]:

@@ -25,10 +25,10 @@ from tscfile.container.records import (
     Index,
     RecordHeader,
     RecordRef,
-    TokenIds,
     Trailer,
     checksum,
 )
+from tscfile.container.snapshots import SnapshotHead
 from tscfile.entropy import zstd
 from tscfile.errors import TscError
 
@@ -42,22 +42,22 @@ _PLENTY = 1 << 40
 
 
 def ids_of(payload: bytes) -> bytes:
-    """What stands before the structure: number, parent and token ids."""
-    reader = ByteReader(payload, "test")
-    reader.uvarint(), reader.uvarint(), TokenIds.read(reader, 0x7FFFFFFF)
+    """The head, which stands before the structure."""
+    reader = ByteReader(payload, "test", Allowance(_PLENTY))
+    SnapshotHead.read(reader)
     return payload[: len(payload) - reader.remaining]
 
 
-def structure_of(payload: bytes, parent: bytes = b"") -> bytes:
-    """``parent``: the structure of the parent, empty without one."""
+def structure_of(payload: bytes, like: bytes = b"") -> bytes:
+    """``like``: the structure of the dictionary, empty without one."""
     reader = ByteReader(payload[len(ids_of(payload)) :], "test")
     length = reader.uvarint()
-    return zstd.decompress(reader.take(reader.remaining), length, "test", dictionary_of(parent))
+    return zstd.decompress(reader.take(reader.remaining), length, "test", dictionary_of(like))
 
 
-def packed(structure: bytes, parent: bytes = b"") -> bytes:
+def packed(structure: bytes, like: bytes = b"") -> bytes:
     """A structure as the payload of a snapshot ends with it."""
-    frame = zstd.compress(structure, 19, dictionary_of(parent))
+    frame = zstd.compress(structure, 19, dictionary_of(like))
     return ByteWriter().uvarint(len(structure)).raw(frame).bytes()
 
 
@@ -197,10 +197,10 @@ class Rebuilt:
         return replace(block, chunks=tuple(chunks))
 
     def _snapshot(self, payload: bytes, edit: Callable[[bytes], bytes]) -> bytes:
-        reader = ByteReader(payload, "test")
-        number, parent = reader.uvarint(), reader.uvarint()
-        old_parent, new_parent = self.structures.get(parent - 1, (b"", b""))
-        ids, structure = ids_of(payload), structure_of(payload, old_parent)
+        head = SnapshotHead.read(ByteReader(payload, "test", Allowance(_PLENTY)))
+        like = -1 if head.dictionary is None else head.dictionary
+        old_like, new_like = self.structures.get(like, (b"", b""))
+        ids, structure = ids_of(payload), structure_of(payload, old_like)
         made = structure
         for before, after in self.refs.items():
             made = made.replace(_ref(before), _ref(after))
@@ -209,8 +209,8 @@ class Rebuilt:
             made = made.replace(_name(sum_before), _name(sum_after))
         changed = edit(ids + made)
         ids, made = changed[: len(ids)], changed[len(ids) :]
-        self.structures[number] = (structure, made)
-        return ids + packed(made, new_parent)
+        self.structures[head.number] = (structure, made)
+        return ids + packed(made, new_like)
 
 
 def _sum(payload: bytes) -> bytes:

@@ -115,6 +115,10 @@ def test_unusual_snapshots_come_back(tmp_path: Path) -> None:
         assert report.n_frames_new == 0, name
         with tscfile.open(path) as archive:
             assert same_state(archive.snapshot(1), snapshot), name
+        # Written again in parts, none of it is missing.
+        tscfile.compact(path, tmp_path / "out.tsc", drop=[0], force=True)
+        with tscfile.open(tmp_path / "out.tsc") as archive:
+            assert same_state(archive.snapshot(), snapshot) and archive.snapshot().exact, name
 
 
 def test_long_rows_make_short_blocks(tmp_path: Path) -> None:
@@ -317,7 +321,7 @@ def test_recomputed_prefix_is_stored_as_it_is(tmp_path: Path) -> None:
     rows[1][40:50, 6] ^= 1
     later = with_track(later, rows=rows)
     report = tscfile.append(later, path)
-    assert (report.plan, report.n_frames_kept, report.n_frames_new) == ("truncate+append", 90, 30)
+    assert (report.plan, report.n_frames_kept, report.n_frames_new) == ("patch", 90, 30)
     assert report.n_frames_changed == 10
     with tscfile.open(path) as archive:
         assert same_state(archive.snapshot(0), make_snapshot(100))
@@ -345,11 +349,13 @@ def test_planned_runs_are_whole_and_in_order() -> None:
     runs = [FrameRun(0, 0, 60), FrameRun(3, 5, 40)]
     asked = []
 
-    def same(start: int, stop: int, run: FrameRun) -> np.ndarray:
+    def judge(start: int, stop: int, run: FrameRun, moved: int) -> tuple[np.ndarray, bool]:
+        assert not moved
         asked.append((start, stop, run))
-        return np.arange(start, stop) % 50 != 49
+        return np.arange(start, stop) % 50 != 49, False
 
-    plan = temporal.plan_track(old, runs, new, same)
+    frames = temporal.OldFrames(old, runs)
+    plan = temporal.plan_track(frames, new, None, judge, lambda run, moved: False)
     assert asked == [(0, 60, runs[0]), (60, 100, runs[1])]
     assert plan.new_ranges() == [(49, 50), (99, 130)] and plan.n_new == 32
     plan.store(49, 50, 7)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import bounded_memory
-from mending import rewritten, whole_book
+from mending import ids_of, rewritten, structure_of, whole_book
 
 import tscfile
 from tscfile.archive import Archive
@@ -302,16 +302,8 @@ def structured(tmp_path: Path, old: bytes, new: bytes) -> Path:
             header = ChunkHeader.read(reader)
             chunk = EncodedChunk(header, bytes(reader.take(reader.remaining)))
             writer.add_block(block.n_frames, block.content_id, block.logical_id, [chunk])
-        reader = ByteReader(container.read(container.snapshots[0], SNAPSHOT), "snapshot")
-        head = ByteWriter()
-        for _ in range(4):
-            head.uvarint(reader.uvarint())
-        head.u8(reader.u8())
-        ids = bytes(reader.take(reader.uvarint()))
-        head.uvarint(len(ids)).raw(ids)
-        length = reader.uvarint()
-        packed = bytes(reader.take(reader.remaining))
-        structure = zstd.decompress(packed, length, "structure", dictionary_of(b""))
+        payload = bytes(container.read(container.snapshots[0], SNAPSHOT))
+        head, structure = ByteWriter().raw(ids_of(payload)), structure_of(payload)
         assert structure.count(old) == 1
         structure = structure.replace(old, new)
         writer.add_snapshot(head.uvarint(len(structure)).raw(zstd.store(structure)).bytes())

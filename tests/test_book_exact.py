@@ -53,8 +53,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-decoder = _load("reference_book_exact")
-container = _load("reference_decoder")
+decoder = _load("reference_decoder")
 
 
 @pytest.fixture(scope="module")
@@ -549,14 +548,15 @@ def test_decoder_of_the_page(book: Path, dtype: str, pairing: str) -> None:
     patterns[2, ::97] = 0x8000
     patterns[3, ::31] = np.resize([1, 0x8003, 0x7BFF, 0x7C00, 0xFF80, 0x7E01, 0xFFFF], 50)
     chunk = codec.encode(_rows(patterns), _tensors(dtype), _context(7))
-    tables = decoder.Tables(container.Book(book.read_bytes()))
+    tables = decoder.Book(book.read_bytes()).exact_tables
     names = [(i // 6, i % 6) for i in range(12)]
-    rows = decoder.rows(chunk.body, 7, DTYPES[dtype].ggml_id, names, tables)
+    type_ = DTYPES[dtype].ggml_id
+    rows = decoder.exact_rows(decoder.Cursor(chunk.body), 7, type_, names, tables)
     assert np.array_equal(np.concatenate([rows[name] for name in names], axis=1), patterns)
     damaged = bytearray(chunk.body)
     damaged[-5] ^= 64
     with pytest.raises(decoder.Damaged):
-        decoder.rows(bytes(damaged), 7, DTYPES[dtype].ggml_id, names, tables)
+        decoder.exact_rows(decoder.Cursor(damaged), 7, type_, names, tables)
 
 
 def test_example_of_the_page() -> None:

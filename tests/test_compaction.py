@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import MemoryTrack, make_snapshot, same_state
 from tscfile_cli.main import main
 
 import tscfile
@@ -227,3 +229,66 @@ def test_command(
     assert "2 of 6 snapshots" in run(0, "compact", path, "--keep-last", 2)
     tscfile.unpack(path, tmp_path / "back.kv")
     assert (tmp_path / "back.kv").read_bytes() == SERIES[-1].read_bytes()
+
+
+def test_another_tier(made: dict[str, Path], tmp_path: Path) -> None:
+    """Exact saves are coded anew, with their names and branches; the file shrinks in its place."""
+    path = tmp_path / "a.tsc"
+    shutil.copy(made["lossless"], path)
+    options = ["--tier", "balanced", "--book", str(BOOK), "--drop", "0"]
+    assert main(["compact", str(path), *options]) == 0
+    assert path.stat().st_size < made["lossless"].stat().st_size / 50
+    assert not verify(path, book=BOOK).problems
+    with Archive(made["lossless"]) as old, Archive(path, book=BOOK) as new:
+        assert len(new) == 5
+        for number in range(5):
+            before, after = old.record(number + 1), new.record(number)
+            assert (after.tier, after.name) == ("balanced", before.name)
+            assert after.identity == before.identity and after.source == before.source
+            assert np.array_equal(old.tokens(number + 1), new.tokens(number))
+            alone = tmp_path / "alone.tsc"
+            tscfile.pack(old.snapshot(number + 1), alone, tier="balanced", book=BOOK, force=True)
+            with Archive(alone, book=BOOK) as single:
+                # The frames of the newest turn have the same steps.
+                n = len(after.ids) - 5
+                wanted, found = (
+                    np.concatenate(each.tracks[0].read(n, n + 5), axis=1).view(np.float16)
+                    for each in (single.snapshot(), new.snapshot(number))
+                )
+                assert np.allclose(wanted, found, rtol=2e-3, atol=2e-3)
+        # The branch, a turn that was generated twice, is one still.
+        parents = [old.head(number + 1).parent for number in range(1, 5)]
+        assert [new.head(number).parent for number in range(1, 5)] == [p - 1 for p in parents if p]
+        assert len(set(parents)) < 4
+
+
+def test_another_tier_without_the_save_that_links_others(tmp_path: Path) -> None:
+    """Two parts of a conversation that share no token: what follows from what the file says."""
+    path, out, made = tmp_path / "a.tsc", tmp_path / "b.tsc", make_snapshot(300)
+    parts = [
+        replace(make_snapshot(100), tokens=made.tokens[first : first + 100])
+        for first in (0, 50, 100, 150)
+    ]
+    for each in parts[1:]:
+        [track] = each.tracks
+        assert isinstance(track, MemoryTrack)
+        track.rows = [255 - part for part in track.rows]
+    tscfile.pack(parts[0], path)
+    for part in parts[1:]:
+        tscfile.append(part, path)
+    assert tscfile.compact(path, out, drop=(1,), tier="lossless").n_snapshots == 3
+    with Archive(out) as archive:
+        assert all(
+            same_state(a, b) for a, b in zip(archive, [parts[0], *parts[2:]], strict=True)
+        )
+
+
+def test_only_exact_saves_change_their_tier(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.tsc"
+    shutil.copy(made["balanced"], path)
+    before = path.read_bytes()
+    assert main(["compact", str(path), "--tier", "archive", "--book", str(BOOK)]) == 2
+    assert "snapshot 0 is of tier balanced; only exact ones" in capsys.readouterr().err
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -74,6 +74,17 @@ def test_conversations_by_their_first_tokens() -> None:
     assert len(split(other)) == 2
 
 
+def test_a_shifted_save_belongs() -> None:
+    """Also where no first token was kept; but not what has new tokens in front."""
+    first, shifted = list(range(200)), [*range(90, 200), 7, 7, 7]
+    third = [*shifted[60:], *range(300, 360)]
+    saves = [save("1", first, 1), save("2", shifted, 2), save("3", third, 3)]
+    assert [names(each) for each in split(saves)] == ["1 2", "3"], "the third has less than half"
+    saves[2] = save("3", shifted[40:], 3)
+    assert [names(each) for each in split(saves)] == ["1 2 3"]
+    assert len(split([save("1", first, 1), save("2", [7, 7, *first], 2)])) == 2
+
+
 def test_a_save_goes_where_it_has_most_in_common() -> None:
     ours, theirs = list(range(50)), [*range(40), 99, 98, 97]
     saves = [save("1", ours, 1), save("2", theirs, 2), save("3", [*theirs, 5], 3)]

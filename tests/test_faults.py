@@ -15,16 +15,20 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import make_snapshot, same_state, write_kv
+from conftest import MemoryTrack, make_snapshot, plain_cells, same_state, write_kv
 from tscfile_cli.main import main
 
 import tscfile
 from tscfile.errors import TscError
 from tscfile.model import Snapshot
+from tscfile.transforms.turning import turn_rows
+from tscfile.turns import turn_of
 
 Capture = pytest.CaptureFixture[str]
 FORK = multiprocessing.get_context("fork")
@@ -87,12 +91,21 @@ class Disk:
         return OSError(errno.EIO, "Input/output error")
 
 
-# Each base holds a branch; what is appended brings frames, opaque bytes and, lossy, a basis.
-TIERS = ("lossless", "near")
+# Each base holds a branch; what is appended brings frames, opaque bytes and, lossy, a basis, or
+# shifted, differences to frames that are there.
+CASES = ("lossless", "near", "shifted")
 
 
-def saves(tier: str) -> list[Snapshot]:
+def saves(case: str) -> list[Snapshot]:
     wide: dict[str, Any] = {"n_channels": 64, "identity": {"architecture": "llama"}}
+    if case == "shifted":
+        wide["identity"] |= {
+            "rope_base": 10000.0, "rope_dim": 32, "rope_scaling": "none", "rope_pairing": "norm",
+            "head_dim_k": 32,
+        }  # fmt: skip
+        before = make_snapshot(150, **wide)
+        branch = make_snapshot(140, edited_from=120, **wide)
+        return [make_snapshot(100, **wide), before, branch, shifted(before, 10, 30)]
     return [
         make_snapshot(100, **wide),
         make_snapshot(150, **wide),
@@ -101,11 +114,29 @@ def saves(tier: str) -> list[Snapshot]:
     ]
 
 
+def shifted(snapshot: Snapshot, n_keep: int, n_discard: int) -> Snapshot:
+    """The context shifted: tokens cut out, keys behind them turned."""
+    turn = turn_of(snapshot.identity, [], -n_discard)
+    [track] = snapshot.tracks
+    assert isinstance(track, MemoryTrack) and turn is not None
+    rows = []
+    for spec, part in zip(track.tensors, track.rows, strict=True):
+        moved = part[n_keep + n_discard :]
+        moved = turn_rows(moved, spec.dtype, turn) if spec.role == "k" else moved
+        rows.append(np.concatenate([part[:n_keep], moved]))
+    tokens = np.delete(snapshot.tokens, slice(n_keep, n_keep + n_discard))
+    source = {**snapshot.source, "cell_counts": [len(tokens)]}
+    later = replace(track, cells=plain_cells(len(tokens)), rows=rows)
+    return replace(snapshot, tokens=tokens, tracks=[later], source=source)
+
+
 class Case:
     """An archive, the save that is appended to it, and what comes of that if nothing fails."""
 
-    def __init__(self, folder: Path, tier: str) -> None:
-        *before, self.new = saves(tier)
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        *before, self.new = saves(name)
+        tier = "near" if name == "near" else "lossless"
         self.base = folder / "base.tsc"
         tscfile.pack(before[0], self.base, tier=tier)
         for save in before[1:]:
@@ -152,15 +183,18 @@ def content(path: Path, number: int) -> list[bytes]:
         return [snapshot.tokens.tobytes(), *snapshot.opaque.values(), *(r.tobytes() for r in rows)]
 
 
-@pytest.fixture(scope="module", params=TIERS)
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("faults"), request.param)
 
 
-def test_the_lossless_case_is_exact(tmp_path: Path) -> None:
-    exact = Case(tmp_path, "lossless")
+@pytest.mark.parametrize("name", ["lossless", "shifted"])
+def test_these_cases_are_exact(name: str, tmp_path: Path) -> None:
+    exact = Case(tmp_path, name)
     with tscfile.open(exact.whole) as archive:
-        assert all(same_state(a, b) for a, b in zip(archive, saves("lossless"), strict=True))
+        assert all(same_state(a, b) for a, b in zip(archive, saves(name), strict=True))
+        has_sources = [bool(block.sources) for block in archive.container.blocks]
+    assert any(has_sources) == (name == "shifted")
 
 
 def stopped(case: Case, path: Path, at: int, fault: str, part: float) -> BaseException | None:
@@ -196,6 +230,34 @@ def test_full_disk_at_each_call(case: Case, part: float, tmp_path: Path) -> None
         # Cut back to what it was, not merely readable.
         assert path.read_bytes() == case.base.read_bytes()
         assert not case.check(path)
+
+
+@pytest.mark.parametrize("name", ["lossless", "shifted"])
+def test_another_tier_on_a_disk_that_is_full(name: str, tmp_path: Path) -> None:
+    """Whatever call fails, the archive is as it was or done, and it is the one that is named."""
+    case, path = Case(tmp_path, name), tmp_path / "archive" / "a.tsc"
+    path.parent.mkdir()
+    case.copy(path)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        tscfile.compact(path, tier="near")
+        calls = disk.calls
+    swallowed = []
+    for at, call in enumerate(calls):
+        case.copy(path)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, at, "full")
+            try:
+                tscfile.compact(path, tier="near")
+            except OSError as error:
+                assert (error.errno, error.filename) == (errno.ENOSPC, str(path))
+                assert path.read_bytes() == case.base.read_bytes()
+            else:
+                swallowed.append(call)
+                assert not tscfile.verify(path).problems
+        assert [each.name for each in path.parent.iterdir()] == ["a.tsc"]
+    # Folders are synced where the system can.
+    assert swallowed == ["fsync", "fsync"]
 
 
 def test_failing_disk_at_each_call(case: Case, tmp_path: Path) -> None:

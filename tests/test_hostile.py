@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,11 @@ from tscfile.container.records import (
     FrameRun,
     Header,
     Index,
-    OpaqueEntry,
     RecordRef,
-    SnapshotRecord,
     Trailer,
     checksum,
 )
+from tscfile.container.snapshots import OpaqueEntry, SnapshotRecord
 from tscfile.container.writer import ContainerWriter
 from tscfile.description import describe
 from tscfile.entropy import zstd
@@ -127,7 +126,8 @@ def test_damaged_archives_on_the_command_line(
         path.write_bytes(data)
         capfd.readouterr()
         assert main(["verify", str(path)]) == 3
-        assert all(line.startswith("tsc: ") for line in capfd.readouterr().err.splitlines())
+        said = capfd.readouterr().err.splitlines()
+        assert all(line.startswith(("tsc: ", "whole as they are: ")) for line in said)
         code = main(["unpack", str(path), "-o", str(out), "-q"])
         assert code in (0, 3) and out.exists() == (code == 0)
         if code == 0:
@@ -238,8 +238,12 @@ def read_record(path: Path) -> SnapshotRecord:
 
 
 def with_changes(record: SnapshotRecord, **changes: Any) -> bytes:
-    """The record's payload, with ``changes``; cells of these tests do not refer to tokens."""
-    return replace(record, **changes).write(np.zeros(0, np.int32), b"")
+    """The record's payload, with ``changes`` of it and of its head; cells of these tests do not
+    refer to tokens."""
+    names = {each.name for each in fields(record.head)}
+    head = replace(record.head, **{key: changes.pop(key) for key in names & changes.keys()})
+    record = replace(record, head=head, **changes)
+    return record.write(record.structure(np.zeros(0, np.int32)), b"")
 
 
 def read_all(path: Path) -> None:
@@ -364,10 +368,12 @@ def test_parents_that_come_later(
     parents: tuple[int | None, ...], forgery: Forgery, tmp_path: Path
 ) -> None:
     record = read_record(tmp_path / "same.tsc")
-    forgery.snapshots = [
-        with_changes(record, number=number, parent=parent) for number, parent in enumerate(parents)
-    ]
-    assert is_refused(forgery.write(tmp_path / "a.tsc"))
+    for kind in ("parent", "dictionary"):
+        forgery.snapshots = [
+            with_changes(record, number=number, **{kind: other})
+            for number, other in enumerate(parents)
+        ]
+        assert is_refused(forgery.write(tmp_path / "a.tsc"))
 
 
 def test_snapshots_that_do_not_fit(forgery: Forgery, tmp_path: Path) -> None:
@@ -456,7 +462,8 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     runs = coded_run(n)
 
     def refused(*parts: bytes, ids: bytes = b"\0\0\0\0") -> bool:
-        forgery.snapshots = [varints(0, 0) + ids + packed(snapshot_start() + b"".join(parts))]
+        structure = snapshot_start() + b"".join(parts)
+        forgery.snapshots = [varints(0, 0, 0) + ids + b"\0" + packed(structure)]
         return is_refused(forgery.write(path))
 
     # Tokens: one run of equal numbers, and coded ones by the hundred million.
@@ -465,14 +472,14 @@ def test_claims_of_a_snapshot_are_bounded(forgery: Forgery, tmp_path: Path) -> N
     # A structure that says it is larger than it is, and one that is too large.
     small = packed(snapshot_start() + varints(0, 0))
     for length in (1, 1 << 29):
-        forgery.snapshots = [varints(0, 0) + b"\0\0\0\0" + varints(length) + small[1:]]
+        forgery.snapshots = [no_tokens() + varints(length) + small[1:]]
         assert is_refused(forgery.write(path))
     # Tensors: runs of 65535 layers in seven bytes each.
     tensors = varints(0, 65535, 0, 1, 2, 1) * 3000
     assert refused(varints(1, 0, 0, 0, 3000), tensors, varints(0))
     # Tracks, frame runs and opaque parts that hold nothing.
     assert refused(varints(500_000), varints(0, 0, 0, 0, 0) * 500_000)
-    empty_runs = varints(0, 0, 0) * 1_000_000
+    empty_runs = varints(0, 0, 0, 0) * 1_000_000
     assert refused(varints(1, 0, 0, 0, 0, 1_000_000), empty_runs)
     assert refused(varints(0, 1_000_000), bytes(20) * 1_000_000)
     # Metadata: many keys, long arrays.
@@ -520,10 +527,10 @@ def test_claims_of_cells_are_bounded(forgery: Forgery, tmp_path: Path) -> None:
     path = tmp_path / "a.tsc"
     many = [BlockEntry(65536, bytes(16), bytes(16), ())] * 400
     n = 65536 * 400
-    runs = b"".join(varints(block, 0, 65536) for block in range(400))
+    runs = varints(0, 0, 65536, 0) * 400
     start = snapshot_start() + varints(1, 0, 0, 0, 0, 400) + runs
     one_each = coded_run(n, start=1)
-    few_cells = snapshot_start() + varints(1, 0, 0, 0, 0, 1, 0, 0, 50_000)
+    few_cells = snapshot_start() + varints(1, 0, 0, 0, 0, 1, 0, 0, 50_000, 0)
     cases = [
         start + coded_run(n) + one_each + coded_run(n) + varints(0),
         start + coded_run(n),
@@ -645,8 +652,9 @@ def snapshot_start(source: bytes = b"\0") -> bytes:
 
 
 def no_tokens() -> bytes:
-    """The start of a payload: number 0, no parent, no tokens."""
-    return varints(0, 0) + varints(0, 0) + b"\0\0"
+    """The start of a payload: number 0, no parent and dictionary, no tokens and contexts."""
+    return varints(0, 0, 0) + varints(0, 0) + b"\0\0" + b"\0"
+
 
 
 def refused_metadata(forgery: Forgery, path: Path, source: bytes) -> bool:

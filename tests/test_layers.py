@@ -97,6 +97,43 @@ def test_layers_without_a_book_end_in_the_exact_rows(tmp_path: Path) -> None:
     assert (tmp_path / "back.kv").read_bytes() == SESSION.read_bytes()
 
 
+def test_every_layer_of_a_later_save_without_a_book(tmp_path: Path) -> None:
+    """What it shares with the first one needs the basis of that, a book or none given."""
+    turns = sorted((SAMPLES / "series").glob("turn-?.kv"))[:3]
+    path, cut = tmp_path / "layers.tsc", tmp_path / "cut.tsc"
+    tscfile.pack(turns[0], path, tier=["near", "lossless"], identity=identity_from_gguf(MODEL))
+    assert tscfile.append(turns[1], path).n_frames_kept
+    shorter = tscfile.append(turns[0], path)
+    assert shorter.n_frames_new == 0
+    # The layers of a book are others.
+    assert not tscfile.append(turns[2], path, book=BOOK).n_frames_kept
+    tscfile.demote(path, cut, "near", book=BOOK)
+    for number in range(4):
+        for near in (rows_of(path, "near", number), rows_of(cut, None, number)):
+            for mine, theirs in zip(near, rows_of(path, "lossless", number), strict=True):
+                assert not np.array_equal(mine, theirs)
+                a, b = (each.view("<f2").astype(float) for each in (mine, theirs))
+                assert np.square(a - b).mean() < 0.1 * np.square(b).mean()
+
+
+def test_the_one_tier_of_a_save_that_shares_layers(layered: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tsc"
+    shutil.copyfile(layered, path)
+    assert not tscfile.append(SESSION, path, tier="lossless", book=BOOK).n_frames_new
+    assert same(rows_of(path, "lossless"), rows_of(layered, "lossless"))
+
+
+def test_layers_that_no_save_reads_any_more_are_no_damage(tmp_path: Path) -> None:
+    """The basis of the coarser ones goes with the save that named it."""
+    path = tmp_path / "a.tsc"
+    tscfile.pack(SERIES[0], path, tier=["near", "lossless"], identity=identity_from_gguf(MODEL))
+    assert not tscfile.append(SERIES[0], path, tier="lossless").n_frames_new
+    tscfile.compact(path, drop=[0])
+    assert not verify(path).problems
+    tscfile.unpack(path, tmp_path / "back.kv")
+    assert (tmp_path / "back.kv").read_bytes() == SERIES[0].read_bytes()
+
+
 def test_part_of_a_layer_is_what_the_whole_says(layered: Path) -> None:
     whole = rows_of(layered, "balanced")
     with Archive(layered, book=BOOK) as archive:

@@ -40,8 +40,7 @@ SPEC = Path(__file__).parent.parent / "spec"
 MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
 sys.path.insert(0, str(SPEC))
 
-import reference_decoder  # noqa: E402
-import reference_product as decoder  # noqa: E402
+import reference_decoder as decoder  # noqa: E402
 
 
 class SessionFrames:
@@ -430,35 +429,15 @@ def test_decoder_of_the_page(options: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.tsc"
     asked = ProductOptions(options["product"].code_bytes, 1.5)
     tscfile.pack(SESSION, path, **(options | {"product": asked}))
-    archive, track, payload = _payload(path, options)
-    with archive:
-        record = archive.record()
-        tensors = [
-            (t.layer, "kv".index(t.role), t.dtype.ggml_id, t.row_bytes, 0) for t in track.tensors
-        ]
-        frame_bytes = sum(t.row_bytes for t in track.tensors)
-        pos = track.cells.pos[:256].astype(np.int64)
-        reader = ByteReader(memoryview(payload), "here")
-        ChunkHeader.read(reader)
-        body = bytes(reader.take(reader.remaining))
-        if "book" in options:
-            theirs = reference_decoder.Book(options["book"].read_bytes())
-            codebooks, frames = decoder.chunk(body, 256, 24, frame_bytes)
-            assert codebooks == 0
-            found = decoder.book_rows(
-                frames, theirs, tensors, np.asarray(archive.tokens()), pos,
-                record.coding["rope_pairing"],
-            )  # fmt: skip
-        else:
-            (name,) = record.coding["codebooks"]
-            ref = archive.container.by_checksum(CODEBOOKS)[int(name, 16)]
-            learnt = decoder.codebooks(bytes(archive.container.read(ref, CODEBOOKS)))
-            codebooks, frames = decoder.chunk(body, 256, len(learnt["stages"]), frame_bytes)
-            assert f"{codebooks:016x}" == name
-            found = decoder.session_rows(frames, learnt, tensors, pos)
-        assert any(isinstance(frame, bytes) for frame in frames)
-        for mine, theirs_rows in zip(track.read(0, 256), found, strict=True):
-            a, b = floats([mine]), floats([theirs_rows])
+    book = options["book"].read_bytes() if "book" in options else None
+    file = decoder.File(path.read_bytes(), book)
+    (read,), frames = file.snapshots[0]["tracks"], file.decoded[0, 0]["frames"]
+    assert bool(file.decoded[0, 0]["codebooks"]) == (book is None)
+    assert any(isinstance(frame, bytes) for frame in frames)
+    with Archive(path, **book_of(options)) as archive:
+        (track,) = archive.snapshot().tracks
+        for mine, theirs in zip(track.read(0, 400), read["rows"], strict=True):
+            a, b = floats([mine]), floats([theirs])
             assert np.abs(a - b).max() <= 2.0**-9 * np.abs(a).max()
             assert (a != b).mean() < 0.02
 
@@ -493,10 +472,12 @@ def test_example_of_the_page() -> None:
     said = "".join("".join(re.findall(r"`([0-9a-f ]+)`", row.split("|")[1]))
                    for row in coded.split("Frame 0")[0].splitlines() if row.startswith("| `"))
     assert bytes.fromhex(said) == body
-    _, frames = decoder.chunk(body, 3, 4, 16)
-    found = decoder.session_rows(
-        frames, decoder.codebooks(learnt.write()), [(0, 0, 1, 8), (0, 1, 1, 8)], np.arange(3)
-    )
+    cursor = decoder.Cursor(body[8:])
+    frames = decoder.product_frames(cursor, 3, 4, 16)
+    cursor.end()
+    codebooks = decoder.read_codebooks(learnt.write())
+    places = [(0, 0, 1, 8, 0), (0, 1, 1, 8, 0)]
+    found = decoder.product_session_rows(frames, codebooks, places, np.arange(3))
     for row, data in zip(re.findall(r"^\| (?:keys|values) of layer 0 \| (.*) \|$", part, re.M),
                          found, strict=True):  # fmt: skip
         assert bytes.fromhex(row.replace("`", "")) == data[0].tobytes()

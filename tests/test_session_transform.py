@@ -36,9 +36,7 @@ ROPE = {"rope_base": 10000.0, "rope_dim": 8, "rope_scaling": "none", "head_dim_k
 
 
 def _load_decoder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "session_decoder", SPEC / "reference_session_transform.py"
-    )
+    spec = importlib.util.spec_from_file_location("decoder", SPEC / "reference_decoder.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -137,7 +135,7 @@ def test_integers_come_back(n: int) -> None:
 def test_tables_cover_every_symbol() -> None:
     assert (width_tables.FREQUENCIES >= 1).all()
     assert (width_tables.FREQUENCIES.sum(axis=1) == 4096).all()
-    assert (decoder.tables() == width_tables.FREQUENCIES).all()
+    assert (decoder.width_frequencies() == width_tables.FREQUENCIES).all()
 
 
 def test_components_and_rows_rebuild_frames() -> None:
@@ -472,37 +470,20 @@ def test_claims_beyond_the_bytes_are_refused() -> None:
 
 def _decoded(path: Path) -> list[tuple[list[np.ndarray], list[np.ndarray], list[str]]]:
     """Of every block: rows by the page's decoder, by tscfile, and the element types."""
-    found = []
+    found, file = [], decoder.File(path.read_bytes())
+    (read,) = file.snapshots[-1]["tracks"]
     with Archive(path) as archive:
-        payloads = {
-            key: bytes(archive.container.read(ref, BASIS, key))
-            for key, ref in archive.container.by_checksum(BASIS).items()
-        }
-
-        def basis(key: int) -> Any:
-            parent = int.from_bytes(payloads[key][:8], "little")
-            return decoder.basis(payloads[key], basis(parent) if parent else None)
-
         track = archive.snapshot().tracks[0]
-        tensors = [
-            (t.layer, "kv".index(t.role), t.dtype.ggml_id, t.row_bytes) for t in track.tensors
-        ]
+        types = [tensor.dtype.name for tensor in track.tensors]
         at = 0
         for run in track.runs:
             (chunk,) = archive.block(run).chunks
             where, payload = archive.chunk_payload(run.block, chunk)
-            reader = ByteReader(payload, where)
-            n_frames = ChunkHeader.read(reader).n_frames
-            (key,) = reader.unpack("Q")
-            learnt = basis(key)
-            values, shifts = decoder.integers(reader.take(reader.remaining), n_frames, learnt)
+            held = file.decoded[run.block, 0]
             ours, our_shifts, _ = track.session_codec(payload, where).integers(payload, where)
-            assert (ours == values).all() and (our_shifts == shifts).all()
-            span = slice(run.first, run.first + run.count)
-            pos = track.cells.pos[at : at + run.count]
-            mine = decoder.rows(values[span], shifts[span], learnt, tensors, pos)
-            found.append((mine, track.read(at, at + run.count),
-                          [t.dtype.name for t in track.tensors]))  # fmt: skip
+            assert (ours == held["integers"]).all() and (our_shifts == held["shifts"]).all()
+            mine = [rows[at : at + run.count] for rows in read["rows"]]
+            found.append((mine, track.read(at, at + run.count), types))
             at += run.count
     return found
 
@@ -553,14 +534,17 @@ def test_example_of_the_page() -> None:
     )  # fmt: skip
     assert f"`{checksum(payload):016x}`" in first
     assert int.from_bytes(body[:8], "little") == checksum(payload)
-    learnt = decoder.basis(payload)
-    values, shifts = decoder.integers(body[8:], 6, learnt)
+    learnt = decoder.read_basis(payload)
+    cursor = decoder.Cursor(body[8:])
+    values, shifts = decoder.session_integers(cursor, 6, learnt)
+    cursor.end()
     shown = re.findall(r"^\| \d \| (-?\d+) \| ([-\d ]+) \|$", second, re.M)
     assert [[int(q), *map(int, more.split())] for q, more in shown] == values[:, :4].tolist()
     assert not values[:, 4:].any()
     basis = Basis.read(memoryview(payload), "test")
     assert np.array_equal(basis.groups[0].entries[1], [-1, 0, 0, 2, 1, -1, 0, 1])
-    rows = decoder.rows(values, shifts, learnt, [(0, 0, 1, 8), (0, 1, 1, 8)], np.arange(6))
+    tensors = [(0, 0, 1, 8, 0), (0, 1, 1, 8, 0)]
+    rows = decoder.session_rows(values, shifts, learnt, tensors, np.arange(6))
     for row in (rows[0][3], rows[1][3]):
         hexed = row.tobytes().hex()
         assert " ".join(f"`{hexed[i : i + 4]}`" for i in range(0, 16, 4)) in example

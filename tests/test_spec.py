@@ -1,145 +1,44 @@
 """The specification stands by itself: a decoder written from its pages reads what tscfile writes,
-and its examples and tables say what files and code say."""
+and its examples say what files and code say. Its tables: test_spec_tables.py; its files:
+test_vectors.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
-from blake3 import blake3
+from spec_decoder import (
+    ROOT,
+    SPEC,
+    VALID,
+    assert_same,
+    decoder,
+    load,
+    snapshot_refs,
+    token_coding,
+)
 
 import tscfile
-from tscfile import book_codec, exact_tables, lossy_coding, registry, temporal, tokens
-from tscfile.archive import Archive
 from tscfile.books import book as books
-from tscfile.books import product
-from tscfile.books.measure import TARGETS
-from tscfile.bytestream import ByteWriter
-from tscfile.container import metadata, reader, records
 from tscfile.context import FrameContext
 from tscfile.dtypes import DTYPES, opaque_dtype
-from tscfile.entropy import classed_rans, ints, ladder, refinement, segments, token_ids
-from tscfile.identity import ROPE_PAIRING, identity_from_gguf
+from tscfile.entropy import classed_rans, refinement
+from tscfile.identity import identity_from_gguf
 from tscfile.model import CellTable, Snapshot, TensorSpec
-from tscfile.quantizers import uniform
-from tscfile.tiers import CUSTOM, TIERS
-from tscfile.transforms import fields, prediction
+from tscfile.transforms import fields
 
-ROOT = Path(__file__).parent.parent
-SPEC = ROOT / "spec"
 SAMPLES = ROOT / "samples"
-SMALLEST = SPEC / "vectors" / "valid" / "smallest"
-LOSSY = SPEC / "vectors" / "valid" / "lossy"
+SMALLEST = VALID / "smallest"
+LOSSY = VALID / "lossy"
 _LOSSY_BOOK = LOSSY.with_suffix(".tscbook")
-LAYERED = SPEC / "vectors" / "valid" / "layered"
-EMBEDDED = SPEC / "vectors" / "valid" / "embedded"
+LAYERED = VALID / "layered"
 MODEL = SAMPLES / "model" / "reference-llama-6m-f16.gguf"
 BOOK = SAMPLES / "model" / "reference-llama-6m.tscbook"
-
-
-def _load_decoder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("decoder", SPEC / "reference_decoder.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-decoder = _load_decoder()
-
-
-def _assert_same(path: Path, book: Path | None = None, tier: str | None = None) -> Any:
-    """Every snapshot of the archive, by the decoder of the specification and by tscfile."""
-    file = decoder.File(path.read_bytes(), book and book.read_bytes(), tier)
-    with Archive(path, book=book) as archive:
-        assert len(file.snapshots) == len(archive) > 0
-        for number, found in enumerate(file.snapshots):
-            record, expected = archive.record(number), archive.snapshot(number, tier)
-            for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
-                assert found[key] == getattr(record, key), key
-            assert found["structure"] == archive.structure(number)
-            assert found["tokens"].tolist() == expected.tokens.tolist()
-            assert found["opaque"] == expected.opaque
-            for track, reference in zip(found["tracks"], expected.tracks, strict=True):
-                _assert_same_track(track, reference, exact=expected.exact)
-                if not expected.exact:
-                    _assert_same_integers(file, archive, reference)
-                else:
-                    assert {run.block for run in reference.runs}.isdisjoint(_lossy_blocks(file))
-    return file
-
-
-def _assert_same_track(track: dict[str, Any], reference: Any, exact: bool) -> None:
-    for key in ("cache", "stream", "attributes"):
-        assert track[key] == getattr(reference, key)
-    assert [(layer, "kv"[role], *rest) for layer, role, *rest in track["tensors"]] == [
-        (t.layer, t.role, t.dtype.ggml_id, t.row_bytes, t.rotation) for t in reference.tensors
-    ]
-    cells = reference.cells
-    for key in ("pos", "seq_counts", "seq_ids"):
-        assert np.array_equal(track[key], getattr(cells, key))
-    assert np.array_equal(np.reshape(track["columns"], (-1, len(cells))), cells.ext.T)
-    rows = reference.read(0, len(cells))
-    assert len(rows) == len(track["rows"]) > 0
-    if not exact:
-        types = [tensor.dtype.name for tensor in reference.tensors]
-        _assert_near(track["rows"], rows, types)
-        return
-    for mine, theirs in zip(track["rows"], rows, strict=True):
-        assert mine.tobytes() == theirs.tobytes()
-
-
-def _assert_near(mine: Any, theirs: Any, types: list[str]) -> None:
-    """Within the tolerance of book-transform.md: 2^-15 of the frame's largest and one place."""
-    a, b = (
-        np.concatenate([_values(*pair) for pair in zip(rows, types, strict=True)], axis=1)
-        for rows in (mine, theirs)
-    )
-    largest = np.abs(a).max(axis=1, keepdims=True)
-    bits = 8 if types[0] == "bf16" else 11
-    place = 2.0 ** (np.frexp(np.maximum(np.abs(a), np.abs(b)))[1] - bits)
-    assert (np.abs(a - b) <= largest * 2.0**-15 + place).all()
-    # What the page says was measured.
-    assert (np.abs(a - b) <= largest * 2.0**-20 + place).all()
-    assert (a != b).sum() <= 2 + 0.005 * a.size
-
-
-def _values(rows: np.ndarray, type_: str) -> np.ndarray:
-    rows = np.ascontiguousarray(rows)
-    if type_ == "bf16":
-        return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(float)
-    return rows.view({"f16": "<f2", "f32": "<f4"}[type_]).astype(float)
-
-
-def _assert_same_integers(file: Any, archive: Archive, reference: Any) -> None:
-    for run in reference.runs:
-        number, (chunk,) = run.block, reference.chunks(run)
-        if chunk.codec not in registry.LOSSY:
-            continue
-        where, payloads = reference.lossy_payloads(number, chunk)
-        codec = reference.codec()
-        log_steps, integers = file.decoded[number]
-        stop = 0
-        for segment in codec.read(payloads, where):
-            assert segment.start == stop
-            stop = segment.stop
-            whole = np.zeros((stop - segment.start, codec.book.n_coefficients), np.int32)
-            whole[:, codec.book.columns(segment.counts)] = segment.values
-            assert np.array_equal(whole, integers[segment.start : stop])
-            assert (2.0 ** (log_steps[segment.start : stop] / 256) == segment.step).all()
-        assert stop == len(integers) == len(log_steps)
-
-
-def _lossy_blocks(file: Any) -> set[int]:
-    return {number for number, found in file.decoded.items() if isinstance(found, tuple)}
 
 
 # --- the decoder against tscfile --------------------------------------------------------------
@@ -149,7 +48,7 @@ def _lossy_blocks(file: Any) -> set[int]:
 def test_decoder_reads_packed_sessions(name: str, tmp_path: Path) -> None:
     path = tmp_path / "session.tsc"
     tscfile.pack(SAMPLES / name, path)
-    _assert_same(path)
+    assert_same(path)
 
 
 def test_decoder_reads_a_series(tmp_path: Path) -> None:
@@ -158,7 +57,7 @@ def test_decoder_reads_a_series(tmp_path: Path) -> None:
     tscfile.pack(first, path)
     for source in later:
         tscfile.append(source, path)
-    _assert_same(path)
+    assert_same(path)
 
 
 def test_decoder_reads_a_torn_series(tmp_path: Path) -> None:
@@ -167,7 +66,7 @@ def test_decoder_reads_a_torn_series(tmp_path: Path) -> None:
     size = tscfile.pack(first, path).file_bytes
     tscfile.append(second, path)
     path.write_bytes(path.read_bytes()[:-1])
-    _assert_same(path)
+    assert_same(path)
     assert decoder.File(path.read_bytes()).end == size
 
 
@@ -179,12 +78,12 @@ def test_decoder_reads_book_tiers(name: str, tier: str, tmp_path: Path) -> None:
     path = tmp_path / "session.tsc"
     identity = identity_from_gguf(MODEL)
     tscfile.pack(SAMPLES / name, path, book=BOOK, tier=tier, identity=identity)
-    file = _assert_same(path, BOOK)
+    file = assert_same(path, BOOK)
     (snapshot,) = file.snapshots
     assert list(file.books) == [snapshot["coding"]["book"]] == [file.book(snapshot).id]
     assert (snapshot["coding"]["log_step"],) == file.book(snapshot).tiers[tier][:1]
     # As the page says of the first writer, at positions 0 and last.
-    steps = np.concatenate([log_steps for log_steps, _ in file.decoded.values()])
+    steps = np.concatenate([held["log_steps"] for held in file.decoded.values()])
     assert (steps[[0, -1, 100]] - snapshot["coding"]["log_step"]).tolist() == [-384, -768, 0]
 
 
@@ -192,7 +91,7 @@ def test_decoder_reads_tier_custom(tmp_path: Path) -> None:
     path = tmp_path / "custom.tsc"
     identity = identity_from_gguf(MODEL, weights=False)
     tscfile.pack(SAMPLES / "session.kv", path, book=BOOK, target_ratio=100, identity=identity)
-    assert _assert_same(path, BOOK).snapshots[0]["tier"] == "custom"
+    assert assert_same(path, BOOK).snapshots[0]["tier"] == "custom"
 
 
 def test_decoder_reads_a_series_of_a_book_tier(tmp_path: Path) -> None:
@@ -202,7 +101,7 @@ def test_decoder_reads_a_series_of_a_book_tier(tmp_path: Path) -> None:
     tscfile.pack(first, path, book=BOOK, identity=identity_from_gguf(MODEL, weights=False))
     for source in later:
         tscfile.append(source, path, book=BOOK)
-    file = _assert_same(path, BOOK)
+    file = assert_same(path, BOOK)
     assert len(file.snapshots) == 3 and file.snapshots[2]["parent"] is not None
 
 
@@ -213,21 +112,9 @@ def test_decoder_reads_what_hangs_from_book_coded_tokens(tmp_path: Path) -> None
     identity = identity_from_gguf(MODEL, weights=False)
     tscfile.pack(first, path, book=BOOK, embed_book=True, identity=identity)
     tscfile.append(second, path, tier="lossless")
-    file = _assert_same(path)
-    payloads = [file.payload(ref, decoder.SNAPSHOT)[0] for ref in _snapshot_refs(file)]
-    assert [_token_coding(payload) for payload in payloads] == [4, 3]
-
-
-def _snapshot_refs(file: Any) -> list[tuple[int, int]]:
-    refs: list[tuple[int, int]] = file._read_chain(file._find_trailer()[0])[1]
-    return refs
-
-
-def _token_coding(payload: bytes) -> int:
-    cursor = decoder.Cursor(payload)
-    for _ in range(4):
-        cursor.uvarint()
-    return int(cursor.u8())
+    file = assert_same(path)
+    payloads = [file.payload(ref, decoder.SNAPSHOT)[0] for ref in snapshot_refs(file)]
+    assert [token_coding(payload) for payload in payloads] == [4, 3]
 
 
 @pytest.mark.parametrize("pos", [[-2], [-300, -1, 0, 5], [2**31 - 1, 19, 3], [40, 20, -(2**31)]])
@@ -248,7 +135,7 @@ def test_predictions_at_any_position(pos: list[int]) -> None:
 def test_decoder_asks_for_the_right_book(tmp_path: Path) -> None:
     data = LOSSY.with_suffix(".tsc").read_bytes()
     for other in (None, BOOK.read_bytes()):
-        with pytest.raises(decoder.Damaged, match="is needed"):
+        with pytest.raises(decoder.Undecodable, match="is needed"):
             decoder.File(data, other)
     broken = bytearray(LOSSY.with_suffix(".tscbook").read_bytes())
     broken[200] ^= 1
@@ -287,7 +174,7 @@ def test_decoder_reads_every_element_type(dtype: Any, n_cells: int, tmp_path: Pa
     source = {"format": "example", "empty": [], "negative": -3}
     path = tmp_path / "types.tsc"
     tscfile.pack(Snapshot(tokens, [track], source, {"part": bytes(1000)}), path)
-    _assert_same(path)
+    assert_same(path)
 
 
 def test_decoder_notices_damage(tmp_path: Path) -> None:
@@ -383,95 +270,25 @@ def test_llama_state_from_its_page(path: Path, tmp_path: Path) -> None:
 # --- examples ---------------------------------------------------------------------------------
 
 
-def test_smallest_vector() -> None:
-    path = SMALLEST.with_suffix(".tsc")
-    expected = json.loads(SMALLEST.with_suffix(".json").read_text(encoding="utf-8"))
-    _assert_same(path)
-    file = decoder.File(path.read_bytes())
-    assert len(path.read_bytes()) == expected["file_bytes"]
-    for found, wanted in zip(file.snapshots, expected["snapshots"], strict=True):
-        for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
-            assert found[key] == wanted[key], key
-        assert found["tokens"].tolist() == wanted["tokens"]
-        assert {name: part.hex() for name, part in found["opaque"].items()} == wanted["opaque"]
-        (track,), (wanted_track,) = found["tracks"], wanted["tracks"]
-        for key, name in (("pos", "positions"), ("seq_ids", "sequence_ids")):
-            assert track[key].tolist() == wanted_track[name]
-        for rows, tensor in zip(track["rows"], wanted_track["tensors"], strict=True):
-            assert [row.tobytes().hex() for row in rows] == tensor["rows"]
-
-
-@pytest.mark.parametrize("path", [LOSSY, EMBEDDED], ids=["lossy", "embedded"])
-def test_vectors_of_book_tiers(path: Path) -> None:
-    expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    file = _assert_same(path.with_suffix(".tsc"), None if path == EMBEDDED else _LOSSY_BOOK)
-    assert len(file.data) == expected["file_bytes"]
-    assert list(file.books) == [expected["book"]]
-    assert file.books[expected["book"]] == _LOSSY_BOOK.read_bytes()
-    for number, wanted in zip(sorted(_lossy_blocks(file)), expected["blocks"], strict=True):
-        assert [part.tolist() for part in file.decoded[number]] == list(wanted.values())
-    for found, wanted in zip(file.snapshots, expected["snapshots"], strict=True):
-        for key in ("parent", "plan", "tier", "name", "source", "identity", "coding"):
-            assert found[key] == wanted[key], key
-        assert found["tokens"].tolist() == wanted["tokens"]
-        (track,), (wanted_track,) = found["tracks"], wanted["tracks"]
-        assert track["pos"].tolist() == wanted_track["positions"]
-        rows = [
-            np.frombuffer(bytes.fromhex("".join(tensor["rows"])), np.uint8).reshape(-1, 8)
-            for tensor in wanted_track["tensors"]
-        ]
-        _assert_near(track["rows"], rows, ["f16"] * 4)
-
-
-def test_layered_vector() -> None:
-    expected = json.loads(LAYERED.with_suffix(".json").read_text(encoding="utf-8"))
-    path, book = LAYERED.with_suffix(".tsc"), LAYERED.with_suffix(".tscbook")
-    for tier, blocks in expected["layers"].items():
-        file = _assert_same(path, book, tier)
-        for number, wanted in zip(sorted(_lossy_blocks(file)), blocks, strict=True):
-            assert [part.tolist() for part in file.decoded[number]] == list(wanted.values())
-    (snapshot,), (wanted,) = _assert_same(path, book).snapshots, expected["snapshots"]
-    assert snapshot["coding"] == wanted["coding"]
-    assert snapshot["coding"]["layers"] == [*expected["layers"], "lossless"]
-    rows = [[row.tobytes().hex() for row in part] for part in snapshot["tracks"][0]["rows"]]
-    assert rows == [tensor["rows"] for tensor in wanted["tracks"][0]["tensors"]]
-
-
 @pytest.mark.parametrize("tier", ["archive", "balanced", "near"])
 def test_decoder_reads_quality_layers(tier: str, tmp_path: Path) -> None:
     path = tmp_path / "layers.tsc"
     identity = identity_from_gguf(MODEL, weights=False)
     layers = ["archive", "balanced", "near", "lossless"]
     tscfile.pack(SAMPLES / "session.kv", path, book=BOOK, tier=layers, identity=identity)
-    _assert_same(path, BOOK, tier)
+    assert_same(path, BOOK, tier)
 
 
-def test_embedded_vector_has_all_that_the_readme_says() -> None:
-    file = decoder.File(EMBEDDED.with_suffix(".tsc").read_bytes())
-    payloads = [file.payload(ref, decoder.SNAPSHOT)[0] for ref in _snapshot_refs(file)]
-    assert [_token_coding(payload) for payload in payloads] == [0, 4, 3]
-    assert [snapshot["tier"] for snapshot in file.snapshots] == ["near", "near", "lossless"]
-    assert [snapshot["parent"] for snapshot in file.snapshots] == [None, 0, 1]
-
-
-def test_vectors_can_be_made_again(tmp_path: Path) -> None:
-    """By the script beside them, down to the byte with the zstd that they were made with."""
-    spec = importlib.util.spec_from_file_location("make", SPEC / "vectors" / "make.py")
-    assert spec and spec.loader
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    make.make_all(tmp_path)
-    names = {path.name for path in (SPEC / "vectors" / "valid").iterdir()}
-    assert names == {path.name for path in tmp_path.iterdir()}
-    for name in names:
-        made, kept = (folder / name for folder in (tmp_path, SPEC / "vectors" / "valid"))
-        if not name.endswith(".json") and zstandard.ZSTD_VERSION == (1, 5, 7):
-            assert made.read_bytes() == kept.read_bytes(), name
+def _worked_example() -> tuple[str, str]:
+    """The part about the smallest file, and that about other tiers."""
+    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    first, other = text.split("## Other tiers")
+    return first, other
 
 
 def test_worked_example_is_the_vector() -> None:
     """The tables show every byte of the file once, in order."""
-    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    text, _ = _worked_example()
     rows = re.findall(r"^\| (\d+) \| ((?:[0-9a-f]{2} ?)+) \|", text, re.M)
     shown = bytearray()
     for offset, hexed in rows:
@@ -482,7 +299,7 @@ def test_worked_example_is_the_vector() -> None:
 
 def test_structures_of_worked_example() -> None:
     """The tables behind the snapshots show every byte of the structures once, in order."""
-    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    text, _ = _worked_example()
     file = decoder.File(SMALLEST.with_suffix(".tsc").read_bytes())
     parts = re.split(r"^The structure, (\d+) bytes:$", text, flags=re.M)[1:]
     for size, part, snapshot in zip(parts[::2], parts[1::2], file.snapshots, strict=True):
@@ -494,7 +311,7 @@ def test_structures_of_worked_example() -> None:
 
 
 def test_checksums_of_worked_example() -> None:
-    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    text, _ = _worked_example()
     data = SMALLEST.with_suffix(".tsc").read_bytes()
     said = re.findall(r"XXH3-64 of bytes (\d+) to (\d+)(.*?): `([0-9a-f]+)` \|", text)
     assert len(said) == 1 + 9 * 2 + 3
@@ -505,6 +322,32 @@ def test_checksums_of_worked_example() -> None:
         elif number := re.search(r"\((\d+) as u64\)", more):
             hashed += int(number[1]).to_bytes(8, "little")
         assert f"{decoder.checksum(hashed):016x}".endswith(value)
+
+
+def test_other_tiers_of_worked_example_are_of_the_vectors() -> None:
+    """Each table shows bytes of its file, or of a structure in it, with no gap but in long rows."""
+    _, text = _worked_example()
+    shown = re.findall(r"<!-- (\w+): (\w+) (\d+)(, only .*)? -->\n\n((?:\|.*\n)+)", text)
+    assert len(shown) >= 10
+    for name, kind, number, only, table in shown:
+        path = VALID / f"{name}.tsc"
+        data = path.read_bytes()
+        if kind == "structure":
+            data = decoder.File(data, only=-1).snapshots[int(number)]["structure"]
+        stop = None
+        for offset, first, last in re.findall(
+            r"^\| \+?(\d+) \| ([0-9a-f ]+?)(?: … ([0-9a-f ]+))? \|", table, re.M
+        ):
+            start, end = bytes.fromhex(first), bytes.fromhex(last)
+            assert data[int(offset) :].startswith(start)
+            assert only or stop is None or int(offset) == stop
+            stop = data.index(end, int(offset)) + len(end) if last else int(offset) + len(start)
+
+
+def test_tables_of_worked_example_can_be_made_again() -> None:
+    take_apart = load(SPEC / "vectors" / "take_apart.py")
+    text = (SPEC / "worked-example.md").read_text(encoding="utf-8")
+    assert take_apart.rewritten(text, decoder) == text
 
 
 def _page(name: str) -> str:
@@ -658,195 +501,3 @@ def test_llama_state_example() -> None:
     out = bytearray(state_size(snapshot))
     write_state(snapshot, out)
     assert bytes(out) == data
-
-
-# --- tables -----------------------------------------------------------------------------------
-
-
-def _table(heading: str) -> list[list[str]]:
-    """Rows of the table under a heading of the registry, without its head."""
-    text = (SPEC / "registry.md").read_text(encoding="utf-8")
-    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    assert section, heading
-    lines = [line for line in section[1].splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def _names(heading: str) -> dict[int, str]:
-    return {int(row[0]): row[1] for row in _table(heading)}
-
-
-def test_registry_ids() -> None:
-    assert _names("Record types") == records.RECORD_NAMES
-    assert _names("Codecs") == registry.CODEC_NAMES
-    assert tuple(_names("Roles").values()) == records._ROLES
-    assert records.KNOWN_FEATURES == 0
-    assert {row[1] for row in _table("Feature bits")} == {"–"}
-    assert records.CRITICAL == 1
-    planes = {"raw": classed_rans._PLANE_RAW, "zstd": classed_rans._PLANE_ZSTD}
-    assert _names("Plane codings") == {number: name for name, number in planes.items()}
-    codings = {"runs": ints._RUNS, "values": ints._VALUES, "differences": ints._DIFFERENCES}
-    assert _names("Integer codings") == {number: name for name, number in codings.items()}
-    numbers = [row[0] for row in _table("Token codings")]
-    assert numbers == [f"0 to {max(codings.values())}", str(tokens.ADAPTIVE), str(tokens.OF_BOOK)]
-    columns = {
-        records._EXT_CODED: "coded", records._EXT_POSITION: "position", records._EXT_TOKEN: "token"
-    }  # fmt: skip
-    assert _names("Cell columns") == columns
-
-
-def test_registry_element_types() -> None:
-    rows = {row[1]: tuple(int(cell) for cell in (row[0], row[2], row[3])) for row in
-            _table("Element types")}  # fmt: skip
-    assert rows == {
-        dtype.name: (dtype.ggml_id, dtype.block_elements, dtype.block_bytes)
-        for dtype in DTYPES.values()
-    }
-
-
-def test_registry_fields() -> None:
-    said = dict(_table("Fields of element types"))
-    for dtype in [*DTYPES.values(), opaque_dtype(63)]:
-        known = ", ".join(f"{field.name} {field.bits}" for field in fields.fields_of(dtype))
-        assert said[dtype.name if dtype.name in DTYPES else "any other"] == known
-
-
-def test_registry_metadata_types() -> None:
-    rows = {int(row[0]): row[2] for row in _table("Metadata value types")}
-    widths = {type_: str(struct.calcsize(code)) for type_, code in metadata._LAYOUTS.items()}
-    assert rows == widths | {metadata._BOOL: "1", metadata._STRING: "–", metadata._ARRAY: "–"}
-
-
-def test_registry_tiers_and_plans() -> None:
-    assert {row[0]: (row[1] == "yes", row[2]) for row in _table("Tiers")} == {
-        tier.name: (tier.exact, "–" if tier.codec is None else str(tier.codec))
-        for tier in (*TIERS.values(), CUSTOM)
-    }
-    promised = {row[0]: float(row[3]) for row in _table("Tiers") if row[3] != "–"}
-    assert promised == {"lossless": 0} | TARGETS
-    assert [row[0] for row in _table("Plans")] == [
-        temporal.KEYFRAME, temporal.APPEND, temporal.TRUNCATE_APPEND
-    ]  # fmt: skip
-
-
-def test_registry_books() -> None:
-    assert {row[0] for row in _table("Book arrays")} == set(books._DTYPES)
-    said = {name: pairing for pairing, names in _table("Rotary pairing")
-            for name in names.split(", ")}  # fmt: skip
-    assert said == ROPE_PAIRING
-
-
-def test_constants_of_book_tiers() -> None:
-    text = (SPEC / "codecs" / "segments.md").read_text(encoding="utf-8")
-    assert f"log_step + {-ladder.LOWEST}`" in text
-    width = ladder.UNITS_PER_OCTAVE // ladder.CLASSES_PER_OCTAVE
-    assert f"`min(u div {width}, {ladder.N_CLASSES - 1})`" in text
-    assert f"divides the bytes that took by {segments._BYTES_PER_LANE}" in text
-    assert f"| {ladder.ESCAPE} | *escape*" in text and f"to {ladder.LARGEST} |" in text
-    text = (SPEC / "codecs" / "book-transform.md").read_text(encoding="utf-8")
-    finer = re.findall(r"^ +\| (\d*) ?\| (\d*) ?\| \| (\d+) \| (\d+) \|$", text, re.M)
-    assert tuple((int(a), int(b)) for a, b, *_ in finer if a) == book_codec.FINER_FIRST
-    assert tuple((int(a), int(b)) for *_, a, b in finer) == book_codec.FINER_LAST
-    assert f"error² + {uniform.LAMBDA} · bits" in text
-    assert f"below 2^{round(np.log2(prediction._FORGOTTEN))}\n".replace("-", "−") in text
-    assert prediction.N_POSITION == 2 and "| position | 2 |" in text
-    text = (SPEC / "tsc.md").read_text(encoding="utf-8")
-    assert book_codec.MAX_DELTA == 2 and "within two steps" in text
-
-
-def test_books_are_as_their_page_says() -> None:
-    text = (SPEC / "book.md").read_text(encoding="utf-8")
-    assert f"`{books.MAGIC.hex(' ')}`" in text and f"| uvarint | {books.VERSION}. " in text
-    arrays = re.findall(r"^\| `(\w+)` \| (\w\d) \| ([\w, ]+) \|", text, re.M)
-    names = {"2L": "N", "m": "r", "40": "K", "32": "S"}
-    axes = {
-        name: (type_, "".join(names.get(axis, axis) for axis in dimensions.split(", ")))
-        for name, type_, dimensions in arrays
-    }
-    exact = {name: axes.pop(name)[0] for name in list(axes) if name.startswith(exact_tables.PREFIX)}
-    assert exact == {exact_tables.PREFIX + name: code for name, code in exact_tables._TYPES.items()}
-    assert axes == books._SHAPES | {"metric": ("f2", "Nww")}
-    assert (ladder.N_CLASSES, ladder.N_SYMBOLS) == (40, 32)
-    facts = dict(re.findall(r"^\| `(book\.\w+)` \| (\w+)", text, re.M))
-    kinds = {"integer": int, "list": list, "string": str, "float": float}
-    needed = {key: kinds[kind] for key, kind in list(facts.items())[:10]}
-    assert needed == books._FACTS and "The first ten are needed" in text
-    assert f"0 to {books._MAX_HISTORY} |" in text and f"at most {books._MAX_DECAYS}," in text
-    assert f"−{books._MAX_LOG_STEP} to {books._MAX_LOG_STEP} |" in text
-    others = (books.IDS_PREFIX, exact_tables.PREFIX, product.PREFIX)
-    used = {name for name in books.load(BOOK).book.arrays if not name.startswith(others)}
-    assert used == set(books._SHAPES)
-
-
-def test_usual_metadata() -> None:
-    text = (SPEC / "tsc.md").read_text(encoding="utf-8")
-    section = text[text.index("### 7.7 ") : text.index("### 7.8 ")]
-    said = re.findall(r"^\| `([\w+]+)` \| ((?:array of )?\w+) \| (.*) \|$", section, re.M)
-    read = {
-        "bool": lambda v: v == "true", "u64": int, "f64": float, "string": lambda v: v.strip("`"),
-        "array of u64": lambda v: [int(item) for item in v.split(", ")],
-    }  # fmt: skip
-    entries = [(key, read[kind](value)) for key, kind, value in said]
-    assert entries == list(metadata.USUAL_METADATA.items())
-    assert [type(v) for _, v in entries] == [type(v) for v in metadata.USUAL_METADATA.values()]
-    writer = ByteWriter()
-    metadata.write_metadata(writer, dict(entries))
-    dictionary = metadata.dictionary_of(b"")
-    assert decoder.usual_metadata() == dictionary == writer.bytes()
-    assert f"{len(dictionary)} bytes" in section
-    assert f"begins with `{blake3(dictionary).hexdigest()[:16]}`" in section
-    assert f"the last {metadata._DICTIONARY_BYTES} bytes" in section
-    assert metadata.dictionary_of(bytes(70000) + b"end") == (bytes(70000) + b"end")[-65536:]
-
-
-def test_token_codings() -> None:
-    text = (SPEC / "tsc.md").read_text(encoding="utf-8")
-    section = text[text.index("### 7.8 ") : text.index("### 7.9 ")]
-    assert re.findall(r"^\| ([\d, ]+) \|", section, re.M) == [
-        "0, 1, 2", str(tokens.ADAPTIVE), str(tokens.OF_BOOK)
-    ]  # fmt: skip
-    assert f"for more than {tokens._FEW} new" in section
-    page = (SPEC / "codecs" / "token-ids.md").read_text(encoding="utf-8")
-    for place in (section, page):
-        assert f"the last {token_ids.MOST_CONTEXT}" in place
-    most = book_codec.MOST_LOG_STEP
-    assert lossy_coding.is_step(most) and not lossy_coding.is_step(most + 1)
-
-
-def test_limits_are_those_of_the_code() -> None:
-    text = (SPEC / "tsc.md").read_text(encoding="utf-8")
-    assert f"| frames of a block | {records.MAX_BLOCK_FRAMES} |" in text
-    assert "| raw length of a chunk, row bytes | 2^30 |" in text
-    assert records.MAX_CHUNK_BYTES == 1 << 30
-    assert f"| quality layers of a block | {records.MAX_LAYERS} |" in text
-    assert records.MAX_CHUNK_TENSORS == 65535 and "*tensor count*, at most 65535" in text
-    assert refinement.MAX_RATIO == 3072
-    refinement_page = (SPEC / "codecs" / "book-refinement.md").read_text(encoding="utf-8")
-    assert refinement_page.count("0 < `b − f` ≤ 3072") == 2
-    book_page = (SPEC / "book.md").read_text(encoding="utf-8")
-    assert (books._MEMORY_PER_BYTE, books._MEMORY_SLACK) == (2, 1 << 25)
-    assert "2 × file size + 2^25 bytes" in book_page
-    assert f"`{records.Header.MAGIC.hex(' ')}`" in text
-    assert f"`{records.Trailer.MAGIC.hex(' ')}`" in text
-    assert f"multiple of {records.PAYLOAD_ALIGNMENT}" in text
-    assert f"payload of {records.ALIGNED_FROM} bytes or more" in text
-    assert reader._SLACK_BYTES == 1 << 25 and "2 × file size + 2^25 bytes" in text
-    said = {int(n) for n in re.findall(r"(\d+) an? (?!ints)[a-z]", text)}
-    names = {**vars(records), **vars(metadata)}
-    counted = {value for name, value in names.items() if name.endswith("_MEMORY")}
-    assert len(counted) > 8 and counted <= said
-
-
-def test_codec_pages_have_the_same_headings() -> None:
-    headings = {
-        page.name: re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.M)
-        for page in (SPEC / "codecs").glob("*.md")
-    }
-    assert len(headings) == 11
-    assert len({tuple(found) for found in headings.values()}) == 1, headings
-
-
-def test_links_lead_somewhere() -> None:
-    for page in SPEC.rglob("*.md"):
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"

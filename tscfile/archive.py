@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blocks, pipeline, registry, tokens
-from .archived_track import ArchivedTrack, is_absent
+from . import blocks, pipeline, registry
+from .archived_track import ArchivedTrack, is_absent, is_exact
 from .bytestream import Allowance
 from .container.reader import Container
 from .container.records import (
@@ -23,21 +23,23 @@ from .container.records import (
     CODEBOOKS,
     MAX_LAYERS,
     OPAQUE,
-    SNAPSHOT,
     BlockEntry,
     ChunkEntry,
     ChunkHeader,
     FrameRun,
     Header,
-    OpaqueEntry,
     RecordRef,
-    SnapshotRecord,
-    TokenIds,
-    TrackRecord,
     Trailer,
+)
+from .container.snapshots import (
+    OpaqueEntry,
+    SnapshotHead,
+    SnapshotRecord,
+    TrackRecord,
 )
 from .entropy import zstd
 from .errors import DamagedError, UsageError
+from .history import History
 from .identity import read_identity
 from .model import ModelIdentity, Snapshot, TensorSpec
 
@@ -50,10 +52,14 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.uint8]
 
-_CACHED_RECORDS = 32 << 20
-"""Bytes of snapshot records that are kept once they are read."""
+_CACHED_SOURCES = 16 << 20
 
-_CACHED_TOKENS = 8 << 20
+MAX_SOURCE_CHAIN = 8
+"""Differences of blocks to blocks that are differences themselves."""
+
+MAX_SOURCE_WAYS = 256
+"""Blocks behind a difference, each as often as there is a way to it: a reader that does not keep
+what it decoded decodes so many."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,13 @@ class Archive:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, book: str | os.PathLike[str] | None = None
-    ) -> None:
-        """``book``: its file, where it is neither beside the archive nor in ``TSC_BOOKS``."""
-        self._container = Container(path)
+        self, path: str | os.PathLike[str], *, book: str | os.PathLike[str] | None = None,
+        container: Container | None = None,
+    ) -> None:  # fmt: skip
+        """``book``: its file, where it is neither beside the archive nor in ``TSC_BOOKS``.
+        ``container``: the file at ``path`` if it is open already; it is closed with the archive.
+        """
+        self._container = container or Container(path)
         self._given_book = book
         self._books: dict[str, OpenBook] = {}
         self._codecs: dict[int, BookCodec] = {}
@@ -93,10 +102,9 @@ class Archive:
         self.path = self._container.path
         self.size = self._container.size
         self.torn_bytes = self._container.torn_bytes
-        self._records: dict[int, tuple[SnapshotRecord, bytes]] = {}
-        self._record_bytes: dict[int, int] = {}
-        self._tokens: dict[int, NDArray[np.int32]] = {}
-        self._max_cells = sum(block.n_frames for block in self._container.blocks)
+        self._history = History(self._container, self._lock, self._token_coder, self._check_runs)
+        self._source_rows: dict[int, list[Rows]] = {}
+        self._source_ways: dict[int, int] = {}
         # Decoding a chunk takes a few times its size, on every core.
         self._max_chunk = max(blocks.MOST_CHUNK_BYTES, self.size // 4)
 
@@ -144,63 +152,26 @@ class Archive:
 
         `UsageError` if there is no such snapshot.
         """
-        n = len(self)
-        if not -n <= number < n:
-            raise UsageError(
-                f"{self.path}: no snapshot {number}; there are {n}"
-                + (f", 0 to {n - 1}" if n else "")
-            )
-        wanted = number % n
-        # Several threads ask, and what one reads may push out what another has just found.
-        with self._lock:
-            # A record is told from its parent's, so parents come first; a loop: chains are long.
-            pending = [] if wanted in self._records else [wanted]
-            while pending:
-                payload, where = self._payload(pending[-1])
-                parent = SnapshotRecord.read_parent(payload, where)
-                if parent is not None and parent not in self._records:
-                    if parent >= pending[-1]:
-                        raise DamagedError(f"{where}: its parent is itself or comes later; damaged")
-                    pending.append(parent)
-                    continue
-                self._load(pending.pop(), payload, parent, where)
-            return self._records[wanted][0]
+        return self._history.record(number)
+
+    def head(self, number: int = -1) -> SnapshotHead:
+        """What is known of a snapshot without its structure; raises as `record` does."""
+        return self._history.head(number)
 
     def structure(self, number: int) -> bytes:
-        """The structure of a snapshot's record, against which its children's are compressed."""
-        return self._records[self.record(number).number][1]
+        """The structure of a snapshot's record."""
+        return self._history.structure(number)
 
-    def tokens(self, number: int = -1) -> NDArray[np.int32]:
-        """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it."""
-        # Blocks are decoded by several threads, and each asks.
-        with self._lock:
-            return self._read_tokens(self.record(number))
+    def tokens(self, number: int = -1, context: int = 0) -> NDArray[np.int32]:
+        """Token ids of a snapshot, int32 ``[n]``; needs its book if they are coded with it.
 
-    def _read_tokens(self, record: SnapshotRecord) -> NDArray[np.int32]:
-        # The first of its tokens are the parent's, and so on: a loop, as chains are long.
-        chain = [record]
-        while chain[-1].number not in self._tokens and chain[-1].ids.kept:
-            chain.append(self.record(chain[-1].parent))  # type: ignore[arg-type]
-        for each in reversed(chain):
-            if each.number in self._tokens:
-                continue
-            where = f"{self.path}: snapshot {each.number}"
-            found = self._decode_tokens(each.ids, each.parent, each.coding, where)
-            self._tokens[each.number] = found
-            while len(self._tokens) > 2 and _size(self._tokens) > _CACHED_TOKENS:
-                del self._tokens[next(iter(self._tokens))]
-        return self._tokens[record.number]
+        ``context``: of which of its contexts, counted from 1; 0 for its own.
+        """
+        return self._history.tokens(number, context)
 
-    def _decode_tokens(
-        self, ids: TokenIds, parent: int | None, coding: dict[str, Any], where: str
-    ) -> NDArray[np.int32]:
-        before = np.zeros(0, np.int32)
-        if ids.kept and parent is not None:
-            before = self._tokens[parent] if parent in self._tokens else self.tokens(parent)
-        coder = None
-        if ids.coding == tokens.OF_BOOK:
-            coder = self._book(coding, where).token_coder
-        return tokens.decode(ids, before, coder, where)
+    def lineage(self, number: int) -> set[int]:
+        """A snapshot and those whose records it is read with: numbers."""
+        return self._history.lineage(number)
 
     def snapshot(self, number: int = -1, tier: str | None = None) -> Snapshot:
         """Snapshot ``number`` with tracks that decode on demand, and its opaque parts.
@@ -216,7 +187,7 @@ class Archive:
             tokens=self.tokens(record.number),
             tracks=tracks,
             source=dict(record.source),
-            opaque={entry.name: self._opaque(entry, allowance) for entry in record.opaque},
+            opaque={entry.name: self.opaque_part(entry, allowance) for entry in record.opaque},
             identity=read_identity(record.identity, f"{self.path}: snapshot {record.number}"),
             exact=all(track.is_exact() for track in tracks),
             n_absent=sum(len(track.absent_positions()) for track in tracks),
@@ -229,7 +200,8 @@ class Archive:
                 f"{self.path}: snapshot {record.number} has no tier {tier}; "
                 f"it has {', '.join(names)}"
             )
-        return names.index(tier)
+        # Blocks shared with a snapshot of more layers have the finest one last.
+        return -1 if tier == names[-1] else names.index(tier)
 
     def read(
         self,
@@ -275,6 +247,18 @@ class Archive:
             raise DamagedError(f"{self.path}: a snapshot names frames that no block has; damaged")
         return entries[run.block]
 
+    def source_rows(self, number: int, decode: Callable[[], list[Rows]]) -> list[Rows]:
+        """All rows of a block that others are differences to: decoded once for several."""
+        with self._lock:
+            if number not in self._source_rows:
+                rows = decode()
+                while self._source_rows and (
+                    _total(rows) + sum(map(_total, self._source_rows.values())) > _CACHED_SOURCES
+                ):
+                    del self._source_rows[next(iter(self._source_rows))]
+                self._source_rows[number] = rows
+            return self._source_rows[number]
+
     def decode(
         self, number: int, chunk: ChunkEntry, tensors: Sequence[TensorSpec]
     ) -> list[Rows]:
@@ -290,12 +274,14 @@ class Archive:
     ) -> None:  # fmt: skip
         """`DamagedError` unless a chunk is the one that index and snapshot speak of."""
         expected = tensors[chunk.first_tensor : chunk.first_tensor + chunk.n_tensors]
+        # A difference holds tensors of all types, and names the first one's.
+        named = expected[:1] if header.codec == registry.DIFFERENCE else expected
         if (
             header.n_frames != self._container.blocks[number].n_frames
             or (header.first_tensor, header.codec) != (chunk.first_tensor, chunk.codec)
             or (header.quality_layer, header.raw_length) != (chunk.quality_layer, chunk.raw_length)
             or list(header.row_bytes) != [tensor.row_bytes for tensor in expected]
-            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in expected)
+            or any(tensor.dtype.ggml_id != header.dtype_id for tensor in named)
         ):
             raise DamagedError(f"{where}: is not what index and snapshot say; damaged")
 
@@ -320,7 +306,11 @@ class Archive:
 
     def token_coder(self, record: SnapshotRecord) -> TokenCoder | None:
         """What token ids of a snapshot with a book are coded with."""
-        return self._book(record.coding, f"{self.path}: snapshot {record.number}").token_coder
+        return self._token_coder(record.coding, f"{self.path}: snapshot {record.number}")
+
+    def _token_coder(self, coding: dict[str, Any], where: str) -> TokenCoder | None:
+        return self._book(coding, where).token_coder
+
     def book_product(self, record: SnapshotRecord) -> ProductCodec:
         """The codec of the codebooks in a snapshot's book; raises as `book_codec` does, and
         `UsageError` if the book has none."""
@@ -379,7 +369,7 @@ class Archive:
         with self._lock:
             if basis not in self._session_codecs:
                 chain = [(ref, self._container.read(ref, BASIS, key))
-                         for key, ref in self._basis_chain(basis, where)]  # fmt: skip
+                         for key, ref in self.basis_chain(basis, where)]  # fmt: skip
                 found: Basis | None = None
                 for ref, payload in reversed(chain):
                     place = f"{self.path}: basis at offset {ref.offset}"
@@ -388,8 +378,9 @@ class Archive:
                 self._session_codecs[basis] = SessionCodec(found)
             return self._session_codecs[basis]
 
-    def _basis_chain(self, basis: int, where: str) -> Iterator[tuple[int, RecordRef]]:
-        """A basis and those it extends, the nearest first: ids and records."""
+    def basis_chain(self, basis: int, where: str) -> Iterator[tuple[int, RecordRef]]:
+        """A basis and those it extends, the nearest first: ids and records. `DamagedError` where
+        one of them is not there."""
         from .session_basis import MAX_CHAIN, Basis
 
         if self._bases is None:
@@ -417,7 +408,7 @@ class Archive:
         """Bytes of the file needed to restore one snapshot, structure included; ``layer``: with
         quality layers up to this one and no others."""
         record = self.record(number)
-        used = {run.block for track in record.tracks for run in track.runs}
+        used = self.with_sources(run.block for track in record.tracks for run in track.runs)
         total = Header.SIZE + Trailer.SIZE
         total += sum(segment.ref.length for segment in self._container.segments)
         total += sum(
@@ -428,22 +419,18 @@ class Archive:
         total += sum(ref.length for ref in self.basis_records(record))
         held = self._container.by_checksum(CODEBOOKS)
         total += sum(held[key].length for key in set(self.codebooks(record)) if key in held)
-        ancestor: int | None = record.number
-        while ancestor is not None:
-            total += self._container.snapshots[ancestor].length
-            ancestor = self.record(ancestor).parent
-        return total
+        return total + sum(self._container.snapshots[each].length for each in self.lineage(number))
 
     def bases(self, record: SnapshotRecord) -> list[int]:
         """Ids of the bases that a snapshot's blocks of codec 3 are coded with, the newest last."""
-        return self._ids(record, "bases", "a basis")
+        return self._named(record, "bases", "a basis")
 
     def codebooks(self, record: SnapshotRecord) -> list[int]:
         """Ids of the codebooks of the file that a snapshot's blocks of codec 6 are coded with, the
         newest last."""
-        return self._ids(record, "codebooks", "codebooks")
+        return self._named(record, "codebooks", "codebooks")
 
-    def _ids(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
+    def _named(self, record: SnapshotRecord, key: str, what: str) -> list[int]:
         names = record.coding.get(key, [])
         if not isinstance(names, list) or not all(
             isinstance(name, str) and re.fullmatch("[0-9a-f]{16}", name) for name in names
@@ -456,39 +443,81 @@ class Archive:
     def basis_records(self, record: SnapshotRecord) -> set[RecordRef]:
         """Records of a snapshot's bases and of all that they extend."""
         where = f"{self.path}: snapshot {record.number}"
-        chains = [self._basis_chain(basis, where) for basis in self.bases(record)]
+        chains = [self.basis_chain(basis, where) for basis in self.bases(record)]
         return {ref for chain in chains for _, ref in chain}
 
-    def _payload(self, number: int) -> tuple[memoryview, str]:
-        ref = self._container.snapshots[number]
-        return self._container.read(ref, SNAPSHOT), f"{self.path}: snapshot {number}"
-
-    def _load(self, number: int, payload: memoryview, parent: int | None, where: str) -> None:
-        before = (None, b"") if parent is None else self._records[parent]
-        allowance = self._container.allowance()
-        full = allowance.left
-
-        def tokens_of(ids: TokenIds, coding: dict[str, Any]) -> NDArray[np.int32]:
-            return self._decode_tokens(ids, parent, coding, where)
-
-        record, structure = SnapshotRecord.read(
-            payload, *before, tokens_of, self._max_cells, where, allowance
-        )
-        if record.number != number:
-            raise DamagedError(f"{where}: its record says it is number {record.number}; damaged")
-        has_book = isinstance(record.coding.get("book"), str)
+    def _check_runs(self, record: SnapshotRecord, where: str) -> None:
         for track in record.tracks:
+            at = 0
             for run in track.runs:
-                block = self.block(run)
-                self._check_chunks(block, track, where)
-                if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
-                    raise DamagedError(f"{where}: has frames of a book and names none; damaged")
-        self._records[number] = record, structure
-        self._record_bytes[number] = full - allowance.left
-        # The oldest go; one that is needed again is read again.
-        while len(self._records) > 1 and sum(self._record_bytes.values()) > _CACHED_RECORDS:
-            oldest = next(iter(self._records))
-            del self._records[oldest], self._record_bytes[oldest]
+                self._check_context(run, at, track, record, where)
+                at += run.count
+            self._check_blocks([run.block for run in track.runs], track, record, where)
+
+    def check_run(
+        self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        """`DamagedError` unless a frame run of a snapshot, whose first frame is cell ``start``,
+        leads to frames of its track."""
+        self._check_context(run, start, track, record, where)
+        self._check_blocks([run.block], track, record, where)
+
+    def _check_context(
+        self, run: FrameRun, start: int, track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        absent = is_absent(self.block(run))
+        if run.context > len(record.head.contexts):
+            raise DamagedError(f"{where}: has frames of a context it lacks; damaged")
+        if run.context and absent:
+            raise DamagedError(f"{where}: has a context for frames that are not stored; damaged")
+        pos = track.cells.pos[start : start + run.count].astype(np.int64) - run.shift
+        if run.context and (pos != pos.astype(np.int32)).any():
+            raise DamagedError(f"{where}: has frames of positions that cannot be; damaged")
+
+    def _check_blocks(
+        self, numbers: Iterable[int], track: TrackRecord, record: SnapshotRecord, where: str
+    ) -> None:
+        has_book = isinstance(record.coding.get("book"), str)
+        for number in self.with_sources(numbers):
+            block = self._container.blocks[number]
+            if self.source_ways(block.sources) > MAX_SOURCE_WAYS:
+                raise DamagedError(f"{where}: is a difference to too many others; damaged")
+            self._check_chunks(block, track, where)
+            if not all(is_exact(self.block(run)) for run in block.sources):
+                raise DamagedError(f"{where}: has a difference to frames of a lossy tier; damaged")
+            if not has_book and any(c.codec in registry.OF_BOOK for c in block.chunks):
+                raise DamagedError(f"{where}: has frames of a book and names none; damaged")
+
+    def with_sources(self, numbers: Iterable[int]) -> list[int]:
+        """Blocks and all that they are differences to, in ascending order.
+
+        `DamagedError` for a chain of more than `MAX_SOURCE_CHAIN`.
+        """
+        found: set[int] = set()
+        level, entries = set(numbers), self._container.blocks
+        for _ in range(MAX_SOURCE_CHAIN + 1):
+            found |= level
+            level = {run.block for number in level for run in entries[number].sources}
+            if not level:
+                return sorted(found)
+        raise DamagedError(f"{self.path}: a chain of too many differences to blocks; damaged")
+
+    def source_ways(self, sources: Iterable[FrameRun]) -> int:
+        """How many blocks there are behind a difference to ``sources``, each as often as there is a
+        way to it."""
+        direct = {run.block for run in sources}
+        for number in self.with_sources(direct):
+            if number not in self._source_ways:
+                behind = {run.block for run in self._container.blocks[number].sources}
+                self._source_ways[number] = sum(1 + self._source_ways[each] for each in behind)
+        return sum(1 + self._source_ways[number] for number in direct)
+
+    def n_sources(self, number: int) -> int:
+        """How long the chain of differences is that a block is read with."""
+        level, length, entries = {number}, 0, self._container.blocks
+        while level := {run.block for each in level for run in entries[each].sources}:
+            length += 1
+        return length
 
     def _check_chunks(self, block: BlockEntry, track: TrackRecord, where: str) -> None:
         """Each quality layer of a block must be all tensors of the track, once and in order, and
@@ -502,11 +531,16 @@ class Archive:
         for number, chunks in enumerate(by_layer):
             whole = whole and self._holds(chunks, block, track)
             codecs = {chunk.codec for chunk in chunks}
+            if not codecs <= registry.CODEC_NAMES.keys():
+                # Of a later version, and of no concern where it is not asked for.
+                continue
             if codecs & registry.LOSSY:
                 # One chunk of all tensors; what refines needs what it refines below it.
-                below = {chunk.codec for chunk in by_layer[number - 1]} if number else set()
-                refines = codecs == {registry.BOOK_REFINEMENT}
-                fits = bool(below) and below <= registry.BOOK_LOSSY if refines else not number
+                fits = not number
+                if codecs == {registry.BOOK_REFINEMENT}:
+                    below = {chunk.codec for chunk in by_layer[number - 1]}
+                    newer = not below <= registry.CODEC_NAMES.keys()
+                    fits = number > 0 and (newer or below <= registry.BOOK_LOSSY)
                 whole = whole and fits and len(chunks) == 1
             else:
                 whole = whole and number == block.n_layers - 1
@@ -524,7 +558,8 @@ class Archive:
             next_tensor += chunk.n_tensors
         return next_tensor == len(track.tensors)
 
-    def _opaque(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:
+    def opaque_part(self, entry: OpaqueEntry, allowance: Allowance) -> bytes:
+        """Bytes that a snapshot's source carried; `DamagedError` if they are not what they were."""
         where = f"{self.path}: opaque part {entry.name!r} at offset {entry.ref.offset}"
         allowance.claim(entry.raw_length, where)
         content = zstd.decompress(
@@ -535,8 +570,8 @@ class Archive:
         return content
 
 
-def _size(arrays: dict[int, NDArray[np.int32]]) -> int:
-    return sum(each.nbytes for each in arrays.values())
+def _total(rows: Sequence[Rows]) -> int:
+    return sum(part.nbytes for part in rows)
 
 
 def _as_values(rows: Rows, tensor: TensorSpec) -> NDArray[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,17 +12,10 @@ from numpy.typing import NDArray
 
 from . import blocks, registry, workers
 from .bytestream import ByteReader
-from .container.records import (
-    BlockEntry,
-    ChunkEntry,
-    ChunkHeader,
-    FrameRun,
-    SnapshotRecord,
-    TrackRecord,
-    common_prefix,
-)
+from .container.records import BlockEntry, ChunkEntry, ChunkHeader, FrameRun
+from .container.snapshots import SnapshotRecord, TrackRecord, common_prefix
 from .context import FrameContext
-from .errors import DamagedError, UsageError
+from .errors import DamagedError, UnsupportedError, UsageError
 from .model import NOT_STORED, CellTable, TensorSpec
 
 if TYPE_CHECKING:
@@ -83,7 +78,7 @@ class ArchivedTrack:
     def absent_positions(self) -> NDArray[np.int32]:
         """Positions of the frames that are not in the file, int32 ``[n]``."""
         absent = [is_absent(self._archive.block(run)) for run in self.runs]
-        return self.cells.pos[np.repeat(absent, [run.count for run in self.runs]).astype(bool)]
+        return self.cells.pos[np.flatnonzero(np.repeat(absent, [run.count for run in self.runs]))]
 
     def _decode(self, start: int, stop: int, out: dict[int, Rows]) -> None:
         """Fill ``out``, arrays by tensor, with frames ``start`` to ``stop``."""
@@ -110,21 +105,44 @@ class ArchivedTrack:
             rows = self.exact_rows(run.block, chunk)
             return [part[run.first : run.first + run.count] for part in rows]
         where, payloads = self.lossy_payloads(run.block, chunk)
-        context = self.context(cell, cell + run.count)
+        context = self.context_in(run, self.cells.pos[cell : cell + run.count])
         if chunk.codec == registry.PRODUCT:
             product = self.product_codec(payloads[0], where)
             return product.decode(payloads[0], self.tensors, run.first, context, where)
         if chunk.codec == registry.SESSION_TRANSFORM:
             codec = self.session_codec(payloads[0], where)
-            return codec.decode(payloads[0], self.tensors, run.first, context.pos, where)
+            return codec.decode(payloads[0], self.tensors, run.first, context.key_pos, where)
         return self.codec().decode(payloads, self.tensors, run.first, context, where)
 
     def exact_rows(self, number: int, chunk: ChunkEntry) -> list[Rows]:
         """All rows of an exact chunk of block ``number``."""
-        if chunk.codec != registry.BOOK_EXACT:
+        if chunk.codec not in registry.WHOLE:
             return self._archive.decode(number, chunk, self.tensors)
         where, payload = self._whole_payload(number, chunk)
-        return self.codec().decode_exact(payload, self.tensors, where)
+        if chunk.codec == registry.BOOK_EXACT:
+            return self.codec().decode_exact(payload, self.tensors, where)
+        from . import difference_codec
+
+        body = ByteReader(payload, where)
+        ChunkHeader.read(body)
+        sources = self._archive.container.blocks[number].sources
+        return difference_codec.decode(body, self._rows_of(sources, where), self.tensors)
+
+    def _rows_of(self, sources: Sequence[FrameRun], where: str) -> list[Rows]:
+        """Frames of other blocks that are exact."""
+        parts = []
+        for run in sources:
+            entry = self._archive.block(run)
+            if not is_exact(entry):
+                raise DamagedError(f"{where}: is a difference to frames of a lossy tier; damaged")
+            rows = self._archive.source_rows(run.block, partial(self.block_rows, run.block))
+            parts.append([part[run.first : run.first + run.count] for part in rows])
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+    def block_rows(self, number: int) -> list[Rows]:
+        """All rows of a block whose last layer is exact."""
+        chunks = self._archive.container.blocks[number].layer(-1)
+        return [part for chunk in chunks for part in self.exact_rows(number, chunk)]
 
     def _whole_payload(self, number: int, chunk: ChunkEntry) -> tuple[str, memoryview]:
         """A chunk of all tensors that fits index and snapshot."""
@@ -142,6 +160,8 @@ class ArchivedTrack:
         entry = self._archive.container.blocks[number]
         for each in entry.chunks[: chunk.quality_layer + 1]:
             where, payload = self._whole_payload(number, each)
+            if each.codec not in registry.CODEC_NAMES:
+                raise UnsupportedError(f"{where}: codec {each.codec} is not known to this build")
             payloads.append(payload)
         if chunk.codec == registry.PRODUCT:
             self.product_codec(payloads[0], where).check(self.tensors, where)
@@ -178,6 +198,15 @@ class ArchivedTrack:
         return self._archive.session_product(codebook, where)
 
     @property
+    def n_layers(self) -> int:
+        """Quality layers of the snapshot."""
+        return len(self._owner.layers)
+
+    @property
+    def archive(self) -> Archive:
+        return self._archive
+
+    @property
     def coding(self) -> dict[str, Any]:
         """What the snapshot says of how its frames are coded."""
         return self._owner.coding
@@ -188,7 +217,9 @@ class ArchivedTrack:
 
     def find_book(self) -> None:
         """Find the book that the track's blocks need, if they do; raises as `codec` does."""
-        chunks = (chunk for run in self.runs for chunk in self._archive.block(run).chunks)
+        numbers = self._archive.with_sources(run.block for run in self.runs)
+        entries = self._archive.container.blocks
+        chunks = (chunk for number in numbers for chunk in entries[number].chunks)
         needing = set(registry.OF_BOOK)
         if "book" in self._owner.coding:
             needing.add(registry.PRODUCT)
@@ -214,8 +245,15 @@ class ArchivedTrack:
         return self.same_tokens(tokens, pos)
 
     def context(self, start: int, stop: int) -> FrameContext:
-        """What is known of cells ``start`` to ``stop`` without the payload."""
+        """What is known of cells ``start`` to ``stop`` without the payload, if they never moved."""
         return FrameContext(self.cells.pos[start:stop], self.tokens)
+
+    def context_in(self, run: FrameRun, pos: NDArray[np.int32]) -> FrameContext:
+        """What the frames of ``run``, in cells at positions ``pos``, are decoded from."""
+        if not run.context:
+            return FrameContext(pos, self.tokens)
+        known = self._archive.tokens(self._owner.number, run.context)
+        return FrameContext((pos.astype(np.int64) - run.shift).astype(np.int32), known, run.shift)
 
     def _whole_blocks(
         self, start: int, stop: int, out: dict[int, Rows]
@@ -241,14 +279,12 @@ class ArchivedTrack:
         if is_absent(entry):
             return
         if is_exact(entry):
-            decoded = (self.exact_rows(number, chunk) for chunk in entry.layer(-1))
-            self._archive.check_content(number, [part for rows in decoded for part in rows])
-        lossy = [chunk for chunk in entry.chunks if chunk.codec in registry.LOSSY]
-        if not lossy:
+            self._archive.check_content(number, self.block_rows(number))
+        lossy = lossy_chunks(entry)
+        if not lossy or (is_exact(entry) and self.n_layers == 1):
+            # An exact snapshot has no use for coarser layers, nor names what they are coded with.
             return
         where, payloads = self.lossy_payloads(number, lossy[-1])
-        if not is_exact(entry) and blocks.opaque_id(*payloads) != entry.content_id:
-            raise DamagedError(f"{where}: is not what was packed; damaged")
         if lossy[-1].codec == registry.PRODUCT:
             self.product_codec(payloads[0], where).read(payloads[0], where)
         elif lossy[-1].codec == registry.SESSION_TRANSFORM:
@@ -268,7 +304,7 @@ class ArchivedTrack:
         for run in self.runs:
             first, last = max(at, start), min(at + run.count, stop)
             if first < last:
-                part = FrameRun(run.block, run.first + first - at, last - first)
+                part = replace(run, first=run.first + first - at, count=last - first)
                 for chunk in self.chunks(run):
                     tensors = range(chunk.first_tensor, chunk.first_tensor + chunk.n_tensors)
                     if any(tensor in wanted for tensor in tensors):
@@ -283,6 +319,11 @@ def is_exact(block: BlockEntry) -> bool:
 
 def are_exact(chunks: Sequence[ChunkEntry]) -> bool:
     return all(chunk.codec not in registry.LOSSY for chunk in chunks)
+
+
+def lossy_chunks(block: BlockEntry) -> list[ChunkEntry]:
+    """The chunks of a block's lossy layers, one a layer, the base first."""
+    return [chunk for chunk in block.chunks if chunk.codec in registry.LOSSY]
 
 
 def is_absent(block: BlockEntry) -> bool:

@@ -263,7 +263,8 @@ def _made_book(shape: Shape) -> OpenBook:
 
     # Scales fall as they do on the reference model: a sixth of the rank is above the step.
     falling = np.rint(512 - 256 * 6 * np.arange(rank) / rank * 1.5).astype(np.int16)
-    frequencies = np.stack([ladder.normalise(2.0 ** -np.arange(32.0)) for _ in range(40)])
+    halving = (2.0 ** -np.arange(32.0)).astype(np.float64)
+    frequencies = np.stack([ladder.normalise(halving) for _ in range(40)])
     arrays: dict[str, NDArray[Any]] = {
         "mean": np.zeros(2 * shape.n_layers * shape.width, np.float32),
         "token_vectors": table(shape.n_tokens, dims), "token_scales": scales(shape.n_tokens),

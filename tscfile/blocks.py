@@ -21,8 +21,12 @@ MOST_CHUNK_BYTES = 8 << 20
 MOST_LOSSY_BYTES = 32 << 20
 """Raw bytes of a chunk of a lossy codec at most: it holds all tensors of its frames."""
 
+BLOCK_BYTES = 120
+"""About what a block takes in a file beside the frames in its chunks."""
+
 NO_ID = bytes(ID_BYTES)
-"""The logical id of frames that have none, and the content id of a block that stores nothing."""
+"""The logical id of frames that have none, and the content id of a block that stores nothing or
+was put together of others whose rows are not known any more."""
 
 
 def block_frames(tensors: Sequence[TensorSpec], lossy: bool = False) -> int:

@@ -269,7 +269,7 @@ class BookCodec:
                 predicted[place], values, segment.counts, segment.step
             )
         return channels.from_frames(
-            frames, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
+            frames, tensors, context.key_pos, self.book.rope, self.head_dim, self.pairing
         )
 
     def read(self, payloads: Sequence[memoryview], where: str) -> list[Segment]:
@@ -324,25 +324,27 @@ class BookCodec:
             raise DamagedError(f"{reader.where}: refined integers beyond 32 bits; damaged")
         return _Integers(step, self.book.stored(step), values.astype(np.int32))
 
-    def same(
+    def distance(
         self, payloads: Sequence[memoryview], first: int, rows: Sequence[Rows],
         tensors: Sequence[TensorSpec], context: FrameContext, where: str,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        """Which frames ``rows`` lie within `MAX_DELTA` steps of what is stored, bool ``[n]``."""
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """By how many steps the coefficients of frames ``rows`` differ at most from those that are
+        stored, ``[n]``; infinite from `MAX_DELTA` on."""
         residual = self.residual(rows, tensors, context)
-        near = np.zeros(len(residual), bool)
-        for place, segment, values in _within(self.read(payloads, where), first, len(near)):
+        furthest = np.zeros(len(residual))
+        for place, segment, values in _within(self.read(payloads, where), first, len(furthest)):
             new = self.book.analyse(residual[place], segment.counts)
-            apart = np.abs(new - uniform.dequantize(values, segment.step))
-            near[place] = (apart <= MAX_DELTA * segment.step).all(axis=1)
-        return near
+            apart = np.abs(new - uniform.dequantize(values, segment.step)) / segment.step
+            furthest[place] = apart.max(axis=1, initial=0)
+        furthest[~(furthest <= MAX_DELTA)] = np.inf
+        return furthest
 
     def residual(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext
     ) -> Floats:
         """What the tokens do not say of the frames, float32 ``[n, C]``."""
         frames = channels.to_frames(
-            rows, tensors, context.pos, self.book.rope, self.head_dim, self.pairing
+            rows, tensors, context.key_pos, self.book.rope, self.head_dim, self.pairing
         )
         if not np.isfinite(frames).all():
             raise UnsupportedError(

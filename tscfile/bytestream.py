@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from .errors import DamagedError, TruncatedError
 
@@ -58,7 +59,7 @@ class ByteReader:
         self._at += length
         return self._data[self._at - length : self._at]
 
-    def unpack(self, layout: str) -> tuple:
+    def unpack(self, layout: str) -> tuple[Any, ...]:
         """Fixed-width fields in `struct` notation, little-endian."""
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
 
@@ -79,6 +80,15 @@ class ByteReader:
         if (byte == 0 and shift) or value > limit:
             raise DamagedError(f"{self.where}: a variable-length integer is out of range")
         return value
+
+    def svarint(self) -> int:
+        """A signed integer of 64 bits: zigzag, then uvarint.
+
+        >>> ByteReader(memoryview(bytes([3])), "here").svarint()
+        -2
+        """
+        value = self.uvarint()
+        return value >> 1 ^ -(value & 1)
 
     def claim(self, n_bytes: int) -> None:
         """Take memory from the allowance, if there is one; `DamagedError` if it is used up."""
@@ -144,6 +154,9 @@ class ByteWriter:
             value >>= 7
         self._parts.append(value)
         return self
+
+    def svarint(self, value: int) -> ByteWriter:
+        return self.uvarint(value << 1 if value >= 0 else (-value << 1) - 1)
 
     def string(self, text: str) -> ByteWriter:
         raw = text.encode()

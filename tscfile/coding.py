@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .archive import Archive
-from .container.records import SnapshotRecord
+from .container.snapshots import SnapshotRecord
 from .errors import UsageError
 from .exact_coding import ExactCoder
 from .lossy_coding import BookCoder, LossyCoder, SessionCoder, Target, is_step, step_of_ratio

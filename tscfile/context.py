@@ -12,12 +12,19 @@ from numpy.typing import NDArray
 class FrameContext:
     """What decoder and encoder know of each frame without the payload.
 
-    ``pos``: int32 ``[n]``, position of each frame. ``tokens``: int32 ``[n_tokens]``, the whole
-    snapshot's; the token of position ``p`` is ``tokens[p]``, where there is one.
+    ``pos``: int32 ``[n]``, position of each frame where it was computed. ``tokens``: int32
+    ``[n_tokens]``, those of then; the token of position ``p`` is ``tokens[p]``, where there is one.
+    ``shift``: how far frames have moved since: their keys are turned to ``key_pos``.
     """
 
     pos: NDArray[np.int32]
     tokens: NDArray[np.int32]
+    shift: int = 0
+
+    @property
+    def key_pos(self) -> NDArray[np.int32]:
+        """Where the keys are turned to, int32 ``[n]``."""
+        return (self.pos.astype(np.int64) + self.shift).astype(np.int32)
 
     def history(self, n_history: int) -> NDArray[np.int32]:
         """Tokens at ``pos``, ``pos - 1``, …, int32 ``[n, n_history]``; -1 where there is none.

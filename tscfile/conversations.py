@@ -1,8 +1,10 @@
 """Tell saves of one conversation from those of others, and put them in order, by their tokens.
 
 Two saves are of one conversation if the first ``min_common`` tokens of both are the same, or all of
-the shorter one: a short save begins whatever goes on from it. What conversations share beyond that
-(a long system prompt) nobody can know from the tokens; a larger ``min_common`` says it.
+the shorter one: a short save begins whatever goes on from it. So is a save half of whose tokens are
+those of the one before it, less what was cut out in front of them (a context shift). What
+conversations share beyond that (a long system prompt) nobody can know from the tokens; a larger
+``min_common`` says it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from .archive import Archive
-from .container.records import ID_BYTES, TrackRecord, common_prefix
+from .container.records import ID_BYTES
+from .container.snapshots import TrackRecord, common_prefix
 from .errors import UsageError
 from .identity import compare
 from .model import ModelIdentity, Snapshot, TensorSpec, Track
 from .sources import identity_for, open_source
+from .temporal import origins
 
 MIN_COMMON = 32
 
@@ -124,14 +128,16 @@ def in_order(saves: Iterable[Save]) -> list[Save]:
 class Conversation:
     """What tells whether a save belongs to a conversation.
 
-    ``heads``: the first ``min_common`` tokens of its saves, each once. A save belongs if it has
-    those of any of them, the same tensors, and no other model.
+    ``heads``: the first ``min_common`` tokens of its saves, each once; ``latest``: all of its last
+    save's. A save belongs if it has the first ones of any of them, or what is left of the last when
+    its context is shifted, the same tensors, and no other model.
     """
 
     min_common: int = MIN_COMMON
     heads: list[Tokens] = field(default_factory=list)
     layouts: Layouts = field(default_factory=dict)
     identity: ModelIdentity = field(default_factory=ModelIdentity)
+    latest: Tokens = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @classmethod
     def of_archive(cls, archive: Archive, min_common: int = MIN_COMMON) -> Conversation:
@@ -149,6 +155,8 @@ class Conversation:
         head = np.array(tokens[: self.min_common], np.int32)
         if len(head) and not any(np.array_equal(head, each) for each in self.heads):
             self.heads.append(head)
+        if len(tokens):
+            self.latest = tokens
         self.layouts |= layouts
         self.identity = ModelIdentity({**self.identity.facts, **identity.facts})
 
@@ -162,7 +170,16 @@ class Conversation:
         return any(
             common_prefix(head, save.tokens) >= min(len(head), len(save.tokens))
             for head in self.heads
-        )
+        ) or self._is_shifted(save.tokens)
+
+    def _is_shifted(self, tokens: Tokens) -> bool:
+        """Are half of the tokens what follows in the last save behind some that were cut out?"""
+        found = origins(self.latest, tokens, common_prefix(self.latest, tokens))
+        if found is None:
+            return False
+        # What was put in front of other tokens is no shift.
+        n_found = int((found >= np.arange(len(found))).sum())
+        return n_found >= max(self.min_common, len(tokens) / 2)
 
 
 def split(saves: Sequence[Save], min_common: int = MIN_COMMON) -> list[list[Save]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import files
 from .archive import Archive
-from .container.records import SnapshotRecord
+from .container.snapshots import SnapshotRecord
 from .container.writer import ContainerWriter
 from .errors import DamagedError, UsageError
 from .rewriting import Copier
@@ -77,6 +77,11 @@ def _top(archive: Archive, record: SnapshotRecord, tier: str) -> int | None:
                 "packed with --model can be computed again"
             )
         check_recomputable(archive.snapshot(record.number))
+        if any(run.context for track in record.tracks for run in track.runs):
+            raise UsageError(
+                f"{archive.path}: snapshot {record.number} has frames that have moved, which its "
+                "tokens do not lead to; drop it with tsc compact first"
+            )
         return -1
     if tier in record.layers[:-1]:
         return record.layers.index(tier)
@@ -104,6 +109,11 @@ def _layers_kept(
             all_layers = entries[run.block].n_layers
             wanted = all_layers if top is None else min(top + 1, all_layers)
             kept[run.block] = max(kept[run.block], wanted)
+    for number in reversed(range(len(entries))):
+        # A difference is worth nothing without what it is one to.
+        if entries[number].sources and kept[number] == entries[number].n_layers:
+            for run in entries[number].sources:
+                kept[run.block] = entries[run.block].n_layers
     return kept
 
 
@@ -120,6 +130,8 @@ def _coding(record: SnapshotRecord, top: int) -> dict[str, Any]:
         return {key: value for key, value in record.coding.items() if key == "book"}
     coding, layers = dict(record.coding), record.layers[: top + 1]
     del coding["layers"]
+    # It was measured in steps of the finest layer.
+    coding.pop("max_delta_error", None)
     for each, all_layers in (("log_step", "log_steps"), ("expected_kl", "expected_kls")):
         values = coding.pop(all_layers, None)
         if isinstance(values, list) and len(values) > top:

@@ -11,7 +11,8 @@ from typing import Any
 
 from .archive import Archive
 from .archived_track import is_absent
-from .container.records import BASIS, RecordRef, SnapshotRecord, TrackRecord
+from .container.records import BASIS, RecordRef
+from .container.snapshots import SnapshotRecord, TrackRecord
 from .model import TensorSpec, tensor_runs
 from .registry import CODEC_NAMES
 

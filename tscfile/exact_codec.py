@@ -24,7 +24,7 @@ from .container.writer import EncodedChunk
 from .context import FrameContext
 from .dtypes import dtype_from_ggml
 from .entropy import ints
-from .errors import DamagedError, UnsupportedError
+from .errors import DamagedError, MismatchError, UnsupportedError
 from .exact_tables import CONSTANT, ExactTables
 from .transforms.exact_frames import Patterns, angles
 from .transforms.rope import HALVES, NEIGHBOURS
@@ -48,16 +48,11 @@ class ExactCodec:
         self.tables = tables
         self._inv_freq, self._pairing = inv_freq, pairing
 
-    def takes(self, tensors: Sequence[TensorSpec]) -> bool:
-        """Are these tensors such as the tables are for, of a type that is coded?"""
-        if not self.takes_types(tensors):
-            return False
+    def _fits(self, tensors: Sequence[TensorSpec]) -> bool:
+        """Are there as many tensors and channels as the tables are for?"""
         width, n_layers = self.tables.order.width, self.tables.order.n_layers
         roles = ["".join(tensor.role for tensor in tensors).count(role) for role in "kv"]
-        return (
-            roles == [n_layers] * 2
-            and all(tensor.n_channels == width for tensor in tensors)
-        )
+        return roles == [n_layers] * 2 and all(tensor.n_channels == width for tensor in tensors)
 
     @staticmethod
     def takes_types(tensors: Sequence[TensorSpec]) -> bool:
@@ -149,12 +144,15 @@ class ExactCodec:
     def decode(
         self, payload: memoryview, tensors: Sequence[TensorSpec], where: str
     ) -> list[Rows]:
-        """All rows of a chunk that fits ``tensors``; `DamagedError` if it is not one."""
-        if not self.takes(tensors):
-            raise DamagedError(f"{where}: its tensors are not such as its book is for; damaged")
+        """All rows of a chunk that fits ``tensors``; `DamagedError` if it is not one,
+        `MismatchError` if the book is not for these tensors."""
         reader = ByteReader(payload, where)
         header = ChunkHeader.read(reader)
-        form = exact.FORMATS[dtype_from_ggml(header.dtype_id).name]
+        form = exact.FORMATS.get(dtype_from_ggml(header.dtype_id).name)
+        if form is None:
+            raise DamagedError(f"{where}: is of a type that is not coded so; damaged")
+        if not self._fits(tensors):
+            raise MismatchError(f"{where}: its tensors are not such as its book is for")
         pairing = reader.u8()
         if pairing >= len(PAIRINGS):
             raise UnsupportedError(f"{where}: keys are turned in an unknown way, {pairing}")

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from . import blocks, pipeline, registry
 from .container.writer import EncodedChunk
 from .context import FrameContext
-from .model import Snapshot, TensorSpec, Track
+from .model import ModelIdentity, Snapshot, TensorSpec, Track
 
 if TYPE_CHECKING:
     from .book_codec import BookCodec
     from .entropy.token_ids import TokenCoder
+    from .transforms.turning import Turn
 
 Rows = NDArray[np.uint8]
 
@@ -75,3 +76,23 @@ def encode_exact(
     if whole is not None and len(whole.body) < sum(len(chunk.body) for chunk in chunks):
         return [EncodedChunk(replace(whole.header, quality_layer=layer), whole.body)]
     return chunks
+
+
+def encode_difference(
+    rows: Sequence[Rows], base: Sequence[Rows], tensors: Sequence[TensorSpec],
+    identity: ModelIdentity, shift: int, chunks: Sequence[EncodedChunk],
+) -> EncodedChunk | None:  # fmt: skip
+    """A chunk of all tensors as the difference to ``base``, frames that have moved by ``shift``
+    positions; None unless it is smaller than ``chunks``, which stand for themselves."""
+    from .difference_codec import encode_chunk
+    from .turns import fit_turn, turn_of
+
+    turns: list[Turn | None] = [None]
+    if shift:
+        # Keys that were saved before the engine turned them are as they were.
+        turn = turn_of(identity, tensors, shift) or fit_turn(rows, base, tensors, identity)
+        turns += [turn] if turn else []
+    made = [encode_chunk(rows, base, tensors, each) for each in turns]
+    best = min(made, key=lambda chunk: len(chunk.body))
+    smallest = sum(len(chunk.body) for chunk in chunks)
+    return best if len(best.body) < smallest else None

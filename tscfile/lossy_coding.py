@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from . import blocks, registry, tokens
 from .archive import Archive
-from .archived_track import ArchivedTrack
-from .container.records import FrameRun, SnapshotRecord
+from .archived_track import ArchivedTrack, lossy_chunks
+from .container.records import FrameRun
+from .container.snapshots import SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from .session_codec import SessionCodec
     from .session_learning import Sample, Scales
 
+Rows = NDArray[np.uint8]
 Span = tuple[int, int]
 
 _TRIED_BLOCKS = 8
-_STRUCTURE_BYTES, _BLOCK_BYTES = 900, 120
-"""About what an archive takes beside chunks and token ids, and what a block adds to it."""
+_STRUCTURE_BYTES = 900
+"""About what an archive takes beside blocks and token ids."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ class Target:
 
 class LossyCoder(Protocol):
     """``facts``: what the snapshot records as its coding; complete once all tracks are stored.
-    ``token_coder``: what token ids are coded with, if there are tables for them."""
+    ``token_coder``: what token ids are coded with, if there are tables for them. ``from_tokens``:
+    a frame is decoded from all tokens up to it."""
 
     facts: dict[str, Any]
     token_coder: TokenCoder | None
+    from_tokens: bool
 
     def begin(
         self, writer: ContainerWriter, snapshot: Snapshot, track: Track, ranges: Sequence[Span]
@@ -77,17 +81,25 @@ class LossyCoder(Protocol):
         """
         ...
 
-    def near(
-        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
-        run: FrameRun, archive: Archive,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        """Which frames ``start`` to ``stop`` the stored ``run`` may stand for, bool ``[n]``."""
+    def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
+        """Whether the snapshot can decode the lossy layers of the block of ``run``, which has some;
+        notes what it needs for that."""
+        ...
+
+    def distance(
+        self, old: ArchivedTrack, run: FrameRun, rows: Sequence[Rows], context: FrameContext
+    ) -> NDArray[np.float64]:
+        """How far the frames ``rows`` are from what the stored ``run`` gives back in ``context``,
+        ``[n]``, in steps or what the codec has for them; infinite where it may not stand for them.
+        """
         ...
 
 
 class BookCoder:
     """Codes with a book at one step, or in quality layers, each at a finer step than the one
     below it."""
+
+    from_tokens = True
 
     def __init__(self, codec: BookCodec, log_steps: Sequence[int]) -> None:
         from .entropy.refinement import MAX_RATIO
@@ -124,20 +136,17 @@ class BookCoder:
 
         return encode
 
-    def near(
-        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
-        run: FrameRun, archive: Archive,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        (chunk,) = archive.block(run).layer(-1)
-        if chunk.codec not in registry.BOOK_LOSSY or not self._codec.reads(old.codec()):
-            # Every save has one book.
-            return np.zeros(stop - start, bool)
+    def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
+        codecs = {chunk.codec for chunk in lossy_chunks(old.archive.block(run))}
+        # Every save has one book.
+        return codecs <= registry.BOOK_LOSSY and self._codec.reads(old.codec())
+
+    def distance(
+        self, old: ArchivedTrack, run: FrameRun, rows: Sequence[Rows], context: FrameContext
+    ) -> NDArray[np.float64]:
+        (chunk,) = old.archive.block(run).layer(-1)
         where, payloads = old.lossy_payloads(run.block, chunk)
-        context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
-        rows = track.read(start, stop)
-        near = self._codec.same(payloads, run.first, rows, track.tensors, context, where)
-        # A frame is decoded from all tokens up to it.
-        return near & old.same_tokens(snapshot.tokens, context.pos)
+        return self._codec.distance(payloads, run.first, rows, old.tensors, context, where)
 
 
 def is_step(value: object) -> bool:
@@ -161,7 +170,7 @@ def step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
     for track in snapshot.tracks:
         codec.check(track.tensors, "pack")
         spans = list(blocks.block_ranges(0, len(track.cells), blocks.block_frames(track.tensors)))
-        structure += _BLOCK_BYTES * len(spans)
+        structure += blocks.BLOCK_BYTES * len(spans)
         # The last block is always among them: its frames take a finer step.
         chosen = spans[:: max(1, len(spans) // _TRIED_BLOCKS)][:-1] + spans[-1:]
         n_frames += len(track.cells)
@@ -193,6 +202,8 @@ def step_of_ratio(codec: BookCodec, snapshot: Snapshot, ratio: float) -> int:
 
 class SessionCoder:
     """Codes without a book: learns a basis from the new frames, or takes one that is there."""
+
+    from_tokens = False
 
     def __init__(
         self, tier: Tier, archive: Archive | None = None, parent: SnapshotRecord | None = None
@@ -263,22 +274,21 @@ class SessionCoder:
         if name not in self.facts["bases"]:
             self.facts["bases"].append(name)
 
-    def near(
-        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
-        run: FrameRun, archive: Archive,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        (chunk,) = archive.block(run).layer(-1)
-        if chunk.codec != registry.SESSION_TRANSFORM:
-            return np.zeros(stop - start, bool)
-        where, payload = archive.chunk_payload(run.block, chunk)
+    def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
+        chunk, *finer = lossy_chunks(old.archive.block(run))
+        if finer or chunk.codec != registry.SESSION_TRANSFORM:
+            return False
+        where, payload = old.archive.chunk_payload(run.block, chunk)
+        self._note(old.session_codec(payload, where).basis.id)
+        return True
+
+    def distance(
+        self, old: ArchivedTrack, run: FrameRun, rows: Sequence[Rows], context: FrameContext
+    ) -> NDArray[np.float64]:
+        (chunk,) = old.archive.block(run).layer(-1)
+        where, payload = old.archive.chunk_payload(run.block, chunk)
         codec = old.session_codec(payload, where)
-        pos = track.cells.pos[start:stop]
-        near = codec.same(payload, run.first, track.read(start, stop), track.tensors, pos, where)
-        # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
-        near &= old.may_be_same(snapshot.tokens, pos)
-        if near.any():
-            self._note(codec.basis.id)
-        return near
+        return codec.distance(payload, run.first, rows, old.tensors, context.key_pos, where)
 
     def _best_old(
         self, sample: Sample, track: Track, turn: KeyTurn | None, scales: Scales,

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import files, temporal
+from . import files
 from .archive import Archive
 from .coding import Coding, choose
 from .container.writer import ContainerWriter
@@ -17,7 +17,7 @@ from .identity import compare, is_fact
 from .locking import locked
 from .lossy_coding import Target
 from .model import ModelIdentity, Snapshot
-from .planning import Planned, choose_parent, plan
+from .planning import Planned, choose_parent, plan, store_all
 from .product_coding import ProductOptions
 from .sources import open_source
 from .storing import store
@@ -32,8 +32,10 @@ class PackReport:
     """What was stored and what it cost.
 
     ``n_frames_changed`` counts new frames of tokens that the parent has too: the source computed
-    them again with other rows. ``bytes_added`` and ``file_bytes`` are
-    sizes in the archive, ``raw_bytes`` the rows of the snapshot at their source types.
+    them again with other rows. ``n_frames_moved``: of all frames those that the parent has at other
+    positions; they are kept, or in a lossless tier stored as differences to those.
+    ``bytes_added`` and ``file_bytes`` are sizes in the archive, ``raw_bytes`` the rows of the
+    snapshot at their source types.
     ``n_frames_exact``, ``exact_bytes``: new frames that product quantization kept as they are, and
     their bytes; None where it was given no threshold.
     """
@@ -47,6 +49,7 @@ class PackReport:
     n_frames_kept: int
     n_frames_new: int
     n_frames_changed: int
+    n_frames_moved: int
     raw_bytes: int
     bytes_added: int
     file_bytes: int
@@ -97,7 +100,7 @@ def pack(
     coding = choose(chosen, book, snapshot, target)
     with files.new_file(path, force=force) as fd:
         writer = ContainerWriter(fd)
-        planned = Planned(None, None, [temporal.store_all(len(t.cells)) for t in snapshot.tracks])
+        planned = store_all(snapshot)
         if coding.facts() and book is not None and embed_book:
             writer.add_book(Path(book).read_bytes())
         number = store(writer, snapshot, planned, coding, label, None, progress)
@@ -114,14 +117,16 @@ def append(
     identity: ModelIdentity | None = None,
     name: str | None = None,
     wait: bool = True,
+    same_conversation: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
     """Add a later save of the same conversation to the archive ``path``.
 
     Only frames that are not in the file yet are stored; a lossless save takes nothing from lossy
     blocks, and only one of tier "tokens" goes without frames that the file does not have. ``tier``
-    is that of the parent by default, ``book`` where a lossy tier's book is. The new commit goes
-    behind what is there; if anything is raised the file is cut back to it.
+    is that of the parent by default, ``book`` where a lossy tier's book is.
+    ``same_conversation``: the save is of the file's, even where no token or frame tells. The new
+    commit goes behind what is there; if anything is raised the file is cut back to it.
 
     Raises `MismatchError` for a save of another conversation or another model, `TscError` if
     ``wait`` is False and another process is appending.
@@ -133,7 +138,7 @@ def append(
         identify(snapshot, identity, ModelIdentity(dict(old.identity) if old else {}))
         chosen = tiers_from_names(tier or (old.layers if old else DEFAULT_TIER))
         coding = choose(chosen, book, snapshot, Target(), archive, old)
-        planned = plan(archive, snapshot, parent, n_common, coding)
+        planned = plan(archive, snapshot, parent, n_common, coding, same_conversation)
         before = archive.container.whole_end
         try:
             writer = ContainerWriter(fd, archive.container)
@@ -193,6 +198,7 @@ def _report(
             int((is_new & (track.cells.pos < planned.n_tokens_common)).sum())
             for track, is_new in zip(snapshot.tracks, planned.is_new, strict=True)
         ),
+        n_frames_moved=planned.n_moved,
         raw_bytes=snapshot.raw_bytes,
         bytes_added=added,
         file_bytes=size,

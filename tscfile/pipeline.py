@@ -29,13 +29,11 @@ def encode_chunk(
     ``rows``: one uint8 ``[n_frames, row_bytes]`` for each tensor, at least one frame. Takes the
     raw codec where the one asked for makes the bytes more.
     """
-    body = _encode_fields(rows, dtype) if codec == registry.FIELDS_CLASSED_RANS else None
+    body = encode_fields(rows, dtype) if codec == registry.FIELDS_CLASSED_RANS else None
     if body is None or len(body) >= sum(part.nbytes for part in rows):
         codec, body = registry.RAW, b"".join(part.tobytes() for part in rows)
     row_bytes = tuple(part.shape[1] for part in rows)
-    header = ChunkHeader(
-        codec, quality_layer, len(rows[0]), first_tensor, dtype.ggml_id, row_bytes
-    )
+    header = ChunkHeader(codec, quality_layer, len(rows[0]), first_tensor, dtype.ggml_id, row_bytes)
     return EncodedChunk(header, body)
 
 
@@ -56,7 +54,7 @@ def decode_chunk(
     if header.codec == registry.RAW:
         rows = _read_raw(reader, header)
     elif header.codec == registry.FIELDS_CLASSED_RANS:
-        rows = _decode_fields(reader, header, dtype)
+        rows = decode_fields(reader, header.n_frames, header.row_bytes, dtype)
     else:
         raise UnsupportedError(f"{where}: codec {header.codec} is not known to this build")
     reader.end()
@@ -70,26 +68,45 @@ def _read_raw(reader: ByteReader, header: ChunkHeader) -> list[Rows]:
     ]
 
 
-def _encode_fields(rows: Sequence[Rows], dtype: DType) -> bytes:
+def encode_fields(rows: Sequence[Rows], dtype: DType) -> bytes:
+    """The streams of codec 1, one for each field of tensors of one element type."""
     from .entropy import classed_rans
 
     writer = ByteWriter()
-    split = [fields.split(part, dtype) for part in rows]
-    for field, parts in zip(fields.fields_of(dtype), zip(*split, strict=True), strict=True):
-        coded = classed_rans.encode(np.concatenate(parts, axis=1), field.bits, field.low_bits)
+    for field, matrix in zip(fields.fields_of(dtype), columns(rows, dtype), strict=True):
+        coded = classed_rans.encode(matrix, field.bits, field.low_bits)
         writer.uvarint(len(coded)).raw(coded)
     return writer.bytes()
 
 
-def _decode_fields(reader: ByteReader, header: ChunkHeader, dtype: DType) -> list[Rows]:
+def decode_fields(
+    reader: ByteReader, n_frames: int, row_bytes: Sequence[int], dtype: DType
+) -> list[Rows]:
+    """Undo `encode_fields`: one uint8 ``[n_frames, row_bytes]`` a tensor."""
     from .entropy import classed_rans
 
-    columns: list[list[NDArray[np.unsignedinteger]]] = []
-    for field in fields.fields_of(dtype):
-        widths = [fields.n_columns(field, dtype, n) for n in header.row_bytes]
-        matrix = classed_rans.decode(
-            reader.take(reader.uvarint()), field.bits, header.n_frames, sum(widths),
-            field.storage, reader.where,
-        )  # fmt: skip
-        columns.append(np.split(matrix, np.cumsum(widths)[:-1], axis=1))
-    return [fields.join(list(parts), dtype) for parts in zip(*columns, strict=True)]
+    matrices = [
+        classed_rans.decode(
+            reader.take(reader.uvarint()), field.bits, n_frames,
+            sum(fields.n_columns(field, dtype, n) for n in row_bytes), field.storage, reader.where,
+        )
+        for field in fields.fields_of(dtype)
+    ]  # fmt: skip
+    return from_columns(matrices, row_bytes, dtype)
+
+
+def columns(rows: Sequence[Rows], dtype: DType) -> list[NDArray[np.unsignedinteger]]:
+    """One matrix for each field: the columns of the first tensor, then those of the next, …"""
+    split = [fields.split(part, dtype) for part in rows]
+    return [np.concatenate(parts, axis=1) for parts in zip(*split, strict=True)]
+
+
+def from_columns(
+    matrices: Sequence[NDArray[np.unsignedinteger]], row_bytes: Sequence[int], dtype: DType
+) -> list[Rows]:
+    """Undo `columns`."""
+    split = []
+    for field, matrix in zip(fields.fields_of(dtype), matrices, strict=True):
+        widths = [fields.n_columns(field, dtype, n) for n in row_bytes]
+        split.append(np.split(matrix, np.cumsum(widths)[:-1], axis=1))
+    return [fields.join(list(parts), dtype) for parts in zip(*split, strict=True)]

@@ -115,7 +115,7 @@ class BookDomain:
         predicted = codec.book.network(context)
         frames = codec.book.synthesize(predicted, vectors, self.codes.counts)
         return channels.from_frames(
-            frames, tensors, context.pos, codec.book.rope, codec.head_dim, codec.pairing
+            frames, tensors, context.key_pos, codec.book.rope, codec.head_dim, codec.pairing
         )
 
 
@@ -140,12 +140,13 @@ class Stored:
 
     @property
     def codes(self) -> Codes:
-        return self.data[np.repeat(self.forms != _EXACT, self.sizes)]
+        codes: Codes = self.data[np.repeat(self.forms != _EXACT, self.sizes)]
+        return codes
 
     @property
     def exact(self) -> Rows:
         """Exact frames, uint8 ``[n, frame_bytes]``."""
-        exact = self.data[np.repeat(self.forms == _EXACT, self.sizes)]
+        exact: Rows = self.data[np.repeat(self.forms == _EXACT, self.sizes)]
         return exact.reshape(-1, self.frame_bytes)
 
     def part(self, start: int, stop: int) -> Stored:
@@ -240,22 +241,24 @@ class ProductCodec:
         reader.end()
         return Stored(stored.forms, data, frame_bytes)
 
-    def same(
+    def distance(
         self, payload: memoryview, first: int, rows: Sequence[Rows], tensors: Sequence[TensorSpec],
         context: FrameContext, where: str,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        """Which frames ``rows`` the stored codes serve about as well as their own would, bool
-        ``[n]``; of exact ones, those that are the same bytes."""
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """How far frames ``rows`` are from what is stored, as vectors of the domain, ``[n]``;
+        infinite where codes of their own would serve them clearly better, and where what is stored
+        exactly is not the same bytes."""
         stored = self.read(payload, where).part(first, first + len(context.pos))
         vectors, left_out = self.domain.vectors(rows, tensors, context)
         codes, counts = stored.codes, stored.counts
         own = self.domain.quantizer.encode_counts(vectors, counts, self.domain.beam)
         least = left_out + _distances(vectors, self._restored(own, counts))
         found = left_out + _distances(vectors, self._restored(codes, counts))
-        near: NDArray[np.bool_] = found <= _ALLOWED * least
+        apart = np.where(found <= _ALLOWED * least, np.sqrt(found), np.inf)
         exact = stored.forms == _EXACT
-        near[exact] = (np.concatenate(list(rows), axis=1)[exact] == stored.exact).all(axis=1)
-        return near
+        same = (np.concatenate(list(rows), axis=1)[exact] == stored.exact).all(axis=1)
+        apart[exact] = np.where(same, 0.0, np.inf)
+        return apart
 
 
 def _write_forms(writer: ByteWriter, forms: NDArray[np.int64]) -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from . import registry
 from .archive import Archive
 from .archived_track import ArchivedTrack
-from .container.records import FrameRun, SnapshotRecord
+from .container.records import FrameRun
+from .container.snapshots import SnapshotRecord
 from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UsageError
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from .product_session import SessionCodes
     from .session_basis import KeyTurn
 
+Rows = NDArray[np.uint8]
 Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class ProductOptions:
@@ -59,6 +62,8 @@ class ProductOptions:
 
 class BookProductCoder:
     """Codes with the codebooks of a book; a `tscfile.lossy_coding.LossyCoder`."""
+
+    from_tokens = True
 
     def __init__(self, codec: BookCodec, options: ProductOptions, where: str) -> None:
         """`UsageError` if the book has no codebooks, or does not give so many code bytes."""
@@ -104,23 +109,28 @@ class BookProductCoder:
 
         return encode
 
-    def near(
-        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
-        run: FrameRun, archive: Archive,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        from .product_codec import OF_BOOK, codebook_of
+    def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
+        _, payload, codebooks = _stored(old, run)
+        return payload is not None and not codebooks and self._domain.codec.reads(old.codec())
 
-        (chunk,) = archive.block(run).layer(-1)
-        if chunk.codec != registry.PRODUCT:
-            return np.zeros(stop - start, bool)
-        where, (payload, *_) = old.lossy_payloads(run.block, chunk)
-        if codebook_of(payload, where) != OF_BOOK or not self._domain.codec.reads(old.codec()):
-            return np.zeros(stop - start, bool)
-        context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
-        rows = track.read(start, stop)
-        near = self._codec.same(payload, run.first, rows, track.tensors, context, where)
-        # A frame is decoded from all tokens up to it.
-        return near & old.same_tokens(snapshot.tokens, context.pos)
+    def distance(
+        self, old: ArchivedTrack, run: FrameRun, rows: Sequence[Rows], context: FrameContext
+    ) -> NDArray[np.float64]:
+        where, payload, _ = _stored(old, run)
+        assert payload is not None
+        return self._codec.distance(payload, run.first, rows, old.tensors, context, where)
+
+
+def _stored(old: ArchivedTrack, run: FrameRun) -> tuple[str, memoryview | None, int]:
+    """The chunk of codec 6 that holds a run, None if it is of another codec; where it is, and the
+    id of its codebooks, 0 for those of the book."""
+    from .product_codec import codebook_of
+
+    (chunk,) = old.archive.block(run).layer(-1)
+    if chunk.codec != registry.PRODUCT:
+        return "", None, 0
+    where, (payload, *_) = old.lossy_payloads(run.block, chunk)
+    return where, payload, codebook_of(payload, where)
 
 
 class _Count:
@@ -144,6 +154,8 @@ class _Count:
 class SessionProductCoder:
     """Codes with codebooks learnt from the new frames, or with the parent's; a
     `tscfile.lossy_coding.LossyCoder`."""
+
+    from_tokens = False
 
     def __init__(
         self, options: ProductOptions, archive: Archive | None = None,
@@ -223,28 +235,19 @@ class SessionProductCoder:
         if name not in self.facts["codebooks"]:
             self.facts["codebooks"].append(name)
 
-    def near(
-        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
-        run: FrameRun, archive: Archive,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        from .product_codec import OF_BOOK, codebook_of
-
-        (chunk,) = archive.block(run).layer(-1)
-        if chunk.codec != registry.PRODUCT:
-            return np.zeros(stop - start, bool)
-        where, (payload, *_) = old.lossy_payloads(run.block, chunk)
-        codebooks = codebook_of(payload, where)
-        if codebooks == OF_BOOK:
-            return np.zeros(stop - start, bool)
-        context = FrameContext(track.cells.pos[start:stop], snapshot.tokens)
-        rows = track.read(start, stop)
-        codec = old.product_codec(payload, where)
-        near = codec.same(payload, run.first, rows, track.tensors, context, where)
-        # Rows of other tokens may be alike; a frame depends on all tokens up to its own.
-        near &= old.may_be_same(snapshot.tokens, context.pos)
-        if near.any():
+    def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
+        _, _, codebooks = _stored(old, run)
+        if codebooks:
             self._note(codebooks)
-        return near
+        return bool(codebooks)
+
+    def distance(
+        self, old: ArchivedTrack, run: FrameRun, rows: Sequence[Rows], context: FrameContext
+    ) -> NDArray[np.float64]:
+        where, payload, _ = _stored(old, run)
+        assert payload is not None
+        codec = old.product_codec(payload, where)
+        return codec.distance(payload, run.first, rows, old.tensors, context, where)
 
 
 def _nothing_to_encode(span: Span) -> list[EncodedChunk]:

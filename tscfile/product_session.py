@@ -112,14 +112,14 @@ class SessionCodes:
     def vectors(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], context: FrameContext
     ) -> tuple[Floats, NDArray[np.float64]]:
-        frames = channels_of(self.turn, rows, tensors, context.pos)
+        frames = channels_of(self.turn, rows, tensors, context.key_pos)
         check_finite([frames])
         return (frames - self.mean) / self._spread, np.zeros(len(frames))
 
     def rows(
         self, vectors: Floats, tensors: Sequence[TensorSpec], context: FrameContext
     ) -> list[Rows]:
-        return rows_of(self.turn, vectors * self._spread + self.mean, tensors, context.pos)
+        return rows_of(self.turn, vectors * self._spread + self.mean, tensors, context.key_pos)
 
     def encode(
         self, vectors: Floats, worth: NDArray[np.float64]

@@ -12,11 +12,12 @@ SESSION_TRANSFORM = 3
 BOOK_REFINEMENT = 4
 BOOK_EXACT = 5
 PRODUCT = 6
+DIFFERENCE = 7
 
 LOSSY = frozenset({BOOK_TRANSFORM, SESSION_TRANSFORM, BOOK_REFINEMENT, PRODUCT})
 """Codecs that do not give back the very rows."""
 
-WHOLE = LOSSY | {BOOK_EXACT}
+WHOLE = LOSSY | {BOOK_EXACT, DIFFERENCE}
 """Codecs whose chunk holds all tensors of its block."""
 
 BOOK_LOSSY = frozenset({BOOK_TRANSFORM, BOOK_REFINEMENT})
@@ -31,4 +32,5 @@ CODEC_NAMES = {
     BOOK_REFINEMENT: "book-refinement",
     BOOK_EXACT: "book-exact",
     PRODUCT: "product",
+    DIFFERENCE: "difference",
 }

@@ -273,10 +273,11 @@ def _quantize_iq4_nl(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     codes = _nearest_levels(blocks, scale.astype(np.float32)).astype(np.uint8)
     half = _BLOCK // 2
     packed = codes[:, :half] | (codes[:, half:] << 4)
-    out = np.concatenate([scale[:, None].view(np.uint8), packed], axis=1)
+    out: NDArray[np.uint8] = np.concatenate([scale[:, None].view(np.uint8), packed], axis=1)
     return out.reshape(len(values), -1)
 
 
 def _nearest_levels(blocks: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.intp]:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    return np.searchsorted(_IQ4_NL_BOUNDS, blocks * inverse[:, None])
+    levels: NDArray[np.intp] = np.searchsorted(_IQ4_NL_BOUNDS, blocks * inverse[:, None])
+    return levels

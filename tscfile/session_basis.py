@@ -77,12 +77,13 @@ def key_turn(identity: ModelIdentity, tensors: Sequence[TensorSpec]) -> KeyTurn 
     base, dim, head_dim = (facts.get(key) for key in ("rope_base", "rope_dim", "head_dim_k"))
     pairing, scaling = facts.get("rope_pairing"), facts.get("rope_scaling")
     factor = facts.get("rope_scaling_factor") if scaling == "linear" else 1.0
-    known = (
+    if not (
         isinstance(base, float | int) and isinstance(dim, int) and isinstance(head_dim, int)
         and isinstance(factor, float | int) and scaling in ("none", "linear")
         and pairing in _PAIRINGS
-    )  # fmt: skip
-    if not known or base <= 0 or factor <= 0 or not 0 < dim <= head_dim <= MAX_ROTATED or dim % 2:
+    ):  # fmt: skip
+        return None
+    if base <= 0 or factor <= 0 or not 0 < dim <= head_dim <= MAX_ROTATED or dim % 2:
         return None
     if any(tensor.role == "k" and tensor.n_channels % head_dim for tensor in tensors):
         return None

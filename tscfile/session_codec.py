@@ -167,18 +167,19 @@ class SessionCodec:
         reader.end()
         return np.concatenate(parts), np.concatenate(shifts), np.concatenate(bounds)
 
-    def same(
+    def distance(
         self, payload: memoryview, first: int, rows: Sequence[Rows], tensors: Sequence[TensorSpec],
         pos: NDArray[np.int32], where: str,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        """Which frames ``rows`` are as near to what is stored as those that were, bool ``[n]``."""
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """By how many steps, root mean square, frames ``rows`` differ from what is stored, ``[n]``;
+        infinite where that is more than for those that were packed."""
         stored, bounds = self.restored(payload, slice(first, first + len(pos)), where)
         total = np.zeros(len(pos))
         for new, old in zip(self.basis.frames(rows, tensors, pos), stored, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
                 total += np.square(new - old).sum(axis=1, dtype=np.float64)
-        near: NDArray[np.bool_] = total <= _ALLOWED * bounds * self.basis.n_channels
-        return near
+        near = total <= _ALLOWED * bounds * self.basis.n_channels
+        return np.where(near, np.sqrt(total / self.basis.n_channels), np.inf)
 
 
 def quantize_group(
@@ -205,7 +206,8 @@ def quantize_group(
 
 
 def _drop(
-    values: Ints, wide: NDArray[np.uint8], bits: Floats, exact: Floats, weights: Floats
+    values: Ints, wide: NDArray[np.uint8], bits: Floats, exact: NDArray[np.floating],
+    weights: NDArray[np.floating],
 ) -> None:
     """Make zero the columns that save less error than `BITS_WORTH` of their bits."""
     saved = np.square(exact).sum(axis=0) - np.square(exact - values).sum(axis=0)
@@ -214,8 +216,9 @@ def _drop(
     wide[useless] = 0
 
 
-def _rounded(values: Floats) -> Ints:
-    return np.rint(np.clip(values, -_LARGEST, _LARGEST)).astype(np.int32)
+def _rounded(values: NDArray[np.floating]) -> Ints:
+    rounded: Ints = np.rint(np.clip(values, -_LARGEST, _LARGEST)).astype(np.int32)
+    return rounded
 
 
 def check_finite(frames: Sequence[Floats]) -> None:

@@ -149,9 +149,8 @@ def learn(
     groups, total = [], 0.0
     for indices in group_tensors(tensors):
         part = [tensors[i] for i in indices]
-        values = sample.channels(indices) / np.repeat(
-            scales.of(part), [tensor.n_channels for tensor in part]
-        )
+        units: Floats = np.repeat(scales.of(part), [tensor.n_channels for tensor in part])
+        values = sample.channels(indices) / units
         learner = _GroupLearner(values, shifts, n_frames, tolerance, indices, part)
         group, bits = learner.best()
         group.steps = (group.steps * scales.of(part)).astype(np.float32)

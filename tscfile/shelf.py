@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .archive import Archive
 from .collecting import SUFFIX, PackOptions, SaveReport, held_ids, problem
-from .container.records import common_prefix
+from .container.snapshots import common_prefix
 from .conversations import Conversation, FileId, Save
 from .errors import TscError
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bytestream import Allowance, ByteReader, ByteWriter
-from .container.records import TokenIds, common_prefix
+from .container.snapshots import TokenIds, common_prefix
 from .entropy import ints
 from .errors import DamagedError
 

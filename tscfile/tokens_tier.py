@@ -12,21 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .archive import Archive
 from .archived_track import ArchivedTrack, is_absent
 from .container.records import FrameRun
 from .container.writer import ContainerWriter, EncodedChunk
+from .context import FrameContext
 from .errors import UnsupportedError, UsageError
 from .model import Snapshot, Track
 
 if TYPE_CHECKING:
     from .book_codec import BookCodec
 
+Rows = NDArray[np.uint8]
 Span = tuple[int, int]
 
 
 class TokensCoder:
     """A `tscfile.lossy_coding.LossyCoder` that leaves the frames out."""
+
+    from_tokens = True
 
     def __init__(self, codec: BookCodec | None = None) -> None:
         """``codec``: of a book whose tables make the token ids shorter."""
@@ -40,14 +43,14 @@ class TokensCoder:
     ) -> Callable[[Span], list[EncodedChunk]]:
         return _encode_nothing
 
-    def near(
-        self, old: ArchivedTrack, snapshot: Snapshot, track: Track, start: int, stop: int,
-        run: FrameRun, archive: Archive,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        """Frames that are not stored either and come from the same tokens."""
-        if not is_absent(archive.block(run)):
-            return np.zeros(stop - start, bool)
-        return old.same_tokens(snapshot.tokens, track.cells.pos[start:stop])
+    def takes(self, old: ArchivedTrack, run: FrameRun) -> bool:
+        return is_absent(old.archive.block(run))
+
+    def distance(
+        self, old: ArchivedTrack, run: FrameRun, rows: Sequence[Rows], context: FrameContext
+    ) -> NDArray[np.float64]:
+        """Frames that are not stored either, and come from the same tokens, are the same."""
+        return np.full(len(context.pos), np.inf if context.shift else 0.0)
 
 
 def _encode_nothing(span: Span) -> list[EncodedChunk]:

@@ -1,32 +1,33 @@
-"""Check an archive from its first byte to its last.
+"""Check an archive from its first byte to its last, and say what each damage costs.
 
 `verify` reports what is wrong instead of stopping at it. Quick: header, indices, snapshots and
 that they fit together. Full: also every record's checksum, every padding byte, and every block
-decoded and compared with what was packed.
+decoded and compared with what was packed; of each damage which record it hits, of which block, and
+which cells of which snapshots are lost by it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import xxhash
-
-from . import workers
-from .archive import Archive
-from .archived_track import ArchivedTrack, is_absent
-from .container.records import RECORD_ALIGNMENT, Header, RecordHeader, Trailer
-from .errors import DamagedError, TscError, UsageError
-from .model import Snapshot
-
-_PIECE = 1 << 20
+from .archived_track import is_absent
+from .container.reader import Container
+from .container.survey import UNREADABLE, Survey
+from .diagnosis import Damage, Diagnosis, SnapshotState
+from .errors import DamagedError
+from .recovery import LenientArchive, Recovery, recover
 
 
 @dataclass
 class VerifyReport:
-    """``problems`` is empty if the file is whole; one line each. ``n_absent``: frames that are not
-    in the file but computed again from tokens, which are there."""
+    """``problems`` is empty if the file is whole; one line each. ``damages``: the same taken apart;
+    bytes behind the last whole commit are one problem. ``snapshots``: what is left of each.
+    ``n_absent``: frames that are not in the file but computed again from tokens, which are there.
+    ``exit_code``: what ``tsc verify`` ends with: 0, that of `DamagedError`, or where nothing is
+    known to be damaged that of the error that keeps some of it from being decoded here.
+    """
 
     path: str
     quick: bool
@@ -35,6 +36,14 @@ class VerifyReport:
     n_snapshots: int = 0
     n_absent: int = 0
     problems: list[str] = field(default_factory=list)
+    damages: list[Damage] = field(default_factory=list)
+    snapshots: list[SnapshotState] = field(default_factory=list)
+    exit_code: int = 0
+
+    @property
+    def whole(self) -> list[int]:
+        """Numbers of the snapshots that lose nothing."""
+        return [state.number for state in self.snapshots if state.loss is None]
 
 
 def verify(
@@ -44,143 +53,78 @@ def verify(
     book: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
-    """Check the archive ``path``; raises only if it cannot be opened at all.
+    """Check the archive ``path``.
 
-    ``progress`` is called with the raw bytes of each block decoded.
+    ``progress`` is called with the raw bytes of each block decoded. `DamagedError` if nothing of
+    an archive is left (``quick``: if it cannot be opened), `UsageError` if a book is not at hand.
+
+    >>> import tempfile, tscfile
+    >>> path = tempfile.mkdtemp() + "/session.tsc"
+    >>> report = tscfile.pack("samples/session.kv", path)
+    >>> with open(path, "r+b") as file:
+    ...     place = file.seek(-100000, 2)
+    ...     done = file.write(b"sixteen bad bytes")
+    >>> (damage,) = verify(path).damages
+    >>> damage.kind, damage.block, [(cells.start, cells.stop) for cells in damage.losses[0].cells]
+    ('chunk', 1, [(256, 400)])
     """
-    with Archive(path, book=book) as archive:
-        report = VerifyReport(archive.path, quick)
-        if archive.torn_bytes:
-            report.problems.append(
-                f"{archive.path}: the last {archive.torn_bytes} bytes are no whole commit; "
-                f"{len(archive)} snapshots before them are in order"
-            )
-        report.n_snapshots = len(archive)
-        report.n_blocks = len(archive.container.blocks)
-        report.n_absent = sum(b.n_frames for b in archive.container.blocks if is_absent(b))
-        users = _check_snapshots(archive, report)
+    with _quickly(path, book) if quick else recover(path, book) as recovery:
+        diagnosis = Diagnosis(recovery)
+        diagnosis.check_snapshots(quick=quick)
         if not quick:
-            # A book that is not at hand is no damage of the file: found out before the blocks.
-            for user in sorted(set(users.values())):
-                _track(archive, user).find_book()
-            _check_records(archive, report)
-            _check_blocks(archive, users, report, progress)
-        return report
+            diagnosis.check_blocks(progress)
+        return report_of(diagnosis, quick)
 
 
-_User = tuple[int, int]
-"""A track of a snapshot by number. Not the track itself: records of all snapshots together may take
-any amount of memory."""
+def report_of(diagnosis: Diagnosis, quick: bool = False) -> VerifyReport:
+    """The report of a finished diagnosis."""
+    recovery, archive = diagnosis.recovery, diagnosis.archive
+    report = VerifyReport(archive.path, quick)
+    report.n_records = len(recovery.survey.records)
+    report.n_snapshots, report.n_blocks = len(archive), len(archive.container.blocks)
+    report.n_absent = sum(
+        entry.n_frames for number, entry in enumerate(archive.container.blocks)
+        if is_absent(entry) and number not in recovery.lost
+    )  # fmt: skip
+    report.damages = diagnosis.damages()
+    torn = [each for each in report.damages if _is_torn(each, recovery)]
+    report.problems = [each.problem for each in report.damages if each not in torn]
+    if recovery.error is not None and not any(flaw.leads for flaw in recovery.survey.flaws):
+        # Every byte has its checksum, and yet they contradict each other.
+        report.problems.insert(0, recovery.error)
+    if recovery.torn_bytes:
+        report.problems.insert(0, _torn_problem(recovery, torn))
+    report.snapshots = diagnosis.states()
+    codes = {each.exit_code for each in report.damages if each not in torn}
+    if len(report.problems) > len(report.damages) - len(torn):
+        codes.add(DamagedError.exit_code)
+    is_damaged = DamagedError.exit_code in codes
+    report.exit_code = DamagedError.exit_code if is_damaged else max(codes, default=0)
+    return report
 
 
-def _track(archive: Archive, user: _User) -> ArchivedTrack:
-    record = archive.record(user[0])
-    return ArchivedTrack(archive, record.tracks[user[1]], record)
+def _is_torn(damage: Damage, recovery: Recovery) -> bool:
+    """Does it concern but what is behind the last whole commit?"""
+    whole_end = recovery.archive.size - recovery.torn_bytes
+    beyond = all(loss.snapshot >= recovery.n_reachable for loss in damage.losses)
+    is_placed = damage.length > 0
+    return recovery.torn_bytes > 0 and beyond and (damage.offset >= whole_end or not is_placed)
 
 
-def _check_snapshots(archive: Archive, report: VerifyReport) -> dict[int, _User]:
-    """Read every snapshot record; returns for each block in use the last track that uses it."""
-    users: dict[int, _User] = {}
-    for number in range(len(archive)):
-        try:
-            record = archive.record(number)
-            for i, part in enumerate(record.tracks):
-                users |= {run.block: (number, i) for run in part.runs}
-            if not report.quick:
-                _check_tokens(archive.snapshot(number), f"{archive.path}: snapshot {number}")
-        except UsageError:
-            # A book that is not at hand: token ids may need it, and it is no damage either.
-            raise
-        except TscError as error:
-            report.problems.append(str(error))
-    return users
+def _torn_problem(recovery: Recovery, torn: list[Damage]) -> str:
+    first = next((each for each in torn if each.kind != UNREADABLE and each.length), None)
+    why = "" if first is None else f"; damaged is the {first.kind} at offset {first.offset}"
+    more = len(recovery.archive) - recovery.n_reachable
+    return (
+        f"{recovery.archive.path}: the last {recovery.torn_bytes} bytes are no whole commit; "
+        f"{recovery.n_reachable} snapshots before them are in order{why}"
+        + (f", and --salvage can have what is left of {more} more" if more else "")
+    )
 
 
-def _check_tokens(snapshot: Snapshot, where: str) -> None:
-    """Frames that are not stored must have all tokens that they are computed from."""
-    for track in snapshot.tracks if snapshot.n_absent else ():
-        assert isinstance(track, ArchivedTrack)
-        pos = track.absent_positions()
-        last = int(pos.max(initial=-1))
-        known = len(snapshot.tokens) > last and (snapshot.tokens[: last + 1] >= 0).all()
-        if (pos < 0).any() or not known:
-            raise DamagedError(f"{where}: lacks tokens of frames that are not stored; damaged")
-
-
-def _check_blocks(
-    archive: Archive,
-    users: dict[int, _User],
-    report: VerifyReport,
-    progress: Callable[[int], None] | None,
-) -> None:
-    # Blocks of one track after another, so that its record is read once.
-    order = sorted(range(report.n_blocks), key=lambda number: (users.get(number, (-1, 0)), number))
-
-    def tasks() -> Iterator[tuple[int, ArchivedTrack | None]]:
-        for number in order:
-            user = users.get(number)
-            yield number, None if user is None else _track(archive, user)
-
-    def check(task: tuple[int, ArchivedTrack | None]) -> str | None:
-        number, track = task
-        if track is None:
-            return None
-        try:
-            track.check_block(number)
-        except TscError as error:
-            return str(error)
-        return None
-
-    problems = {}
-    for number, problem in zip(order, workers.in_order(check, tasks()), strict=True):
-        if problem:
-            problems[number] = problem
-        if progress:
-            entry = archive.container.blocks[number]
-            progress(sum(chunk.raw_length for chunk in entry.chunks))
-    report.problems += [problems[number] for number in sorted(problems)]
-
-
-def _check_records(archive: Archive, report: VerifyReport) -> None:
-    """Walk over all records; the bytes between them must be zero."""
-    with open(archive.path, "rb") as file:
-        for problem in _walk(file.fileno(), archive.container.whole_end, archive.path, report):
-            report.problems.append(problem)
-
-
-def _walk(fd: int, end: int, path: str, report: VerifyReport) -> Iterator[str]:
-    at = Header.SIZE
-    while at < end:
-        head = os.pread(fd, max(RecordHeader.SIZE, Trailer.SIZE), at)
-        if Trailer.read(head, at):
-            at += Trailer.SIZE
-            continue
-        where = f"{path}: record at offset {at}"
-        try:
-            header = RecordHeader.read(head, where)
-        except TscError as error:
-            # Without its length the next record cannot be found; the indices still lead to those
-            # that blocks and snapshots need, and those are checked on their own.
-            yield str(error)
-            return
-        start = at + RecordHeader.SIZE + header.padding
-        stop = start + header.length
-        after = stop + -stop % RECORD_ALIGNMENT
-        if after > end:
-            yield f"{where}: reaches past the end of the commit; damaged"
-            return
-        report.n_records += 1
-        if _checksum_of(fd, start, header.length) != header.payload_checksum:
-            yield f"{where}: checksum of {header.length} bytes is wrong; damaged"
-        for first, last in ((at + RecordHeader.SIZE, start), (stop, after)):
-            if any(os.pread(fd, last - first, first)):
-                yield f"{path}: padding at offset {first} is not zero; damaged"
-        at = after
-
-
-def _checksum_of(fd: int, start: int, length: int) -> int:
-    digest = xxhash.xxh3_64()
-    for at in range(start, start + length, _PIECE):
-        digest.update(os.pread(fd, min(_PIECE, start + length - at), at))
-    return digest.intdigest()
-
+def _quickly(path: str | os.PathLike[str], book: str | os.PathLike[str] | None) -> Recovery:
+    """The file as an ordinary reader opens it, none of its bytes surveyed."""
+    container = Container(path)
+    found = Survey(container.size)
+    n_snapshots = len(container.snapshots)
+    return Recovery(found, LenientArchive(container, book), None, container.torn_bytes, n_snapshots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +22,16 @@ def n_workers() -> int:
         return os.cpu_count() or 1
 
 
+_here = threading.local()
+
+
+def _begin() -> None:
+    _here.is_worker = True
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_workers(), thread_name_prefix="tscfile")
+    return ThreadPoolExecutor(n_workers(), "tscfile", initializer=_begin)
 
 
 # A forked process has none of its parent's threads and would wait for them for ever.
@@ -36,6 +44,10 @@ def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     >>> list(in_order(lambda x: x * x, [3, 1, 2]))
     [9, 1, 4]
     """
+    if getattr(_here, "is_worker", False):
+        # Work that gives work would wait for a thread that waits for it.
+        yield from map(work, items)
+        return
     waiting: deque[Future[R]] = deque()
     ahead = 2 * n_workers()
     try:

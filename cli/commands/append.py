@@ -77,6 +77,7 @@ def _append_one(
     if as_json:
         print_json(report)
     changed = f", {report.n_frames_changed} recomputed" if report.n_frames_changed else ""
+    changed += f", {report.n_frames_moved} moved" if report.n_frames_moved else ""
     say(
         f"{archive}: snapshot {report.snapshot} ({report.plan}): {report.n_frames_kept} frames "
         f"kept, {report.n_frames_new} new{changed}; {size(report.bytes_added)} added"

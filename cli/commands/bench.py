@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def command(
         click.echo(line)
 
 
-def _threads(n: int):  # type: ignore[no-untyped-def]
+def _threads(n: int) -> AbstractContextManager[object]:
     """Bound the threads of the matrix library."""
     try:
         from threadpoolctl import threadpool_limits
@@ -65,7 +66,8 @@ def _threads(n: int):  # type: ignore[no-untyped-def]
         raise click.UsageError(
             "bounding threads needs threadpoolctl: pip install 'tscfile[bench]'"
         ) from None
-    return threadpool_limits(n)
+    limits: AbstractContextManager[object] = threadpool_limits(n)
+    return limits
 
 
 def _lines(report: BenchReport) -> Iterator[str]:

@@ -12,6 +12,7 @@ from ..options import (
     archive_argument,
     book_option,
     check_apart,
+    chosen_tiers,
     force_option,
     json_option,
     output_file,
@@ -20,6 +21,7 @@ from ..options import (
     quiet_option,
     say,
     size,
+    tier_options,
 )
 
 
@@ -32,19 +34,21 @@ from ..options import (
 @click.option("--drop", metavar="N[,N]", default="", help="Saves to leave out, by number.")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N",
               help="Leave out all saves but the last N.")  # fmt: skip
+@tier_options("Tier to put the saves into; all must be exact. None changes by default.")
 @book_option
 @click.option("--no-wait", is_flag=True, help="Fail if another process is writing to ARCHIVE.")
 @force_option
 @quiet_option
 @json_option
 def command(
-    archive: Path, output: Path | None, drop: str, keep_last: int | None, book: Path | None,
-    no_wait: bool, force: bool, quiet: bool, as_json: bool,
+    archive: Path, output: Path | None, drop: str, keep_last: int | None, tier: str | None,
+    tiers: str | None, book: Path | None, no_wait: bool, force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write ARCHIVE again, without the saves that are dropped, in full blocks.
 
     What is stored of a save that is kept stays: exact rows bit for bit, of lossy tiers the integers
-    that rows are made of. ARCHIVE is replaced once the new file is whole and on the disk.
+    that rows are made of; but for --tier, which codes all saves anew. ARCHIVE is replaced once the
+    new file is whole and on the disk.
     """
     from tscfile.archive import Archive
     from tscfile.compaction import compact
@@ -67,8 +71,8 @@ def command(
         progress("compacting", total, quiet) as advance,
     ):
         report = compact(
-            archive, target, drop=dropped, book=book, force=force, wait=not no_wait,
-            progress=advance,
+            archive, target, drop=dropped, tier=chosen_tiers(tier, tiers), book=book, force=force,
+            wait=not no_wait, progress=advance,
         )  # fmt: skip
     if as_json and str(output) != STDIO:
         print_json(report)

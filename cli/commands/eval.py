@@ -15,6 +15,8 @@ from ..options import STDIO, force_option, quiet_option, say
 if TYPE_CHECKING:
     from tscfile.quality.calibration import Calibration
     from tscfile.quality.engine import Engine
+    from tscfile.quality.names import NameReport
+    from tscfile.quality.protocol import Report
     from tscfile.quality.windows import Text
 
 
@@ -137,7 +139,7 @@ def _compare(
     plot_path: Path | None, force: bool, quiet: bool, *, names_only: bool,
 ) -> None:  # fmt: skip
     from tscfile.quality.names import evaluate_names
-    from tscfile.quality.protocol import Plan, evaluate
+    from tscfile.quality.protocol import Plan, Report, evaluate
     from tscfile.quality.registry import make_codecs, runnable
     from tscfile.quality.report import tables, to_json
 
@@ -146,6 +148,7 @@ def _compare(
     plan = Plan(frames=frames, n_windows=windows, seed=seed)
     with _steps(quiet) as (total, progress):
         total(plan.n_steps(len(chosen)))
+        found: Report | NameReport
         if names_only:
             found = evaluate_names(engine, held_out, chosen, plan, progress=progress)
         else:
@@ -154,12 +157,12 @@ def _compare(
             )
     if json_path is not None and str(json_path) != STDIO:
         _write(json_path, to_json(found).encode(), force)
-    if plot_path is not None:
+    if plot_path is not None and isinstance(found, Report):
         _write_plot(found, plot_path, force)
     if str(json_path) == STDIO:
         click.echo(to_json(found), nl=False)
     else:
-        _print(found.tables() if names_only else tables(found))
+        _print(tables(found) if isinstance(found, Report) else found.tables())
 
 
 def _judge(
@@ -212,14 +215,14 @@ def _write(path: Path, data: bytes, force: bool) -> None:
         file.write(data)
 
 
-def _write_plot(report: object, path: Path, force: bool) -> None:
+def _write_plot(report: Report, path: Path, force: bool) -> None:
     import tempfile
 
     from tscfile.quality.plot import draw
 
     with tempfile.TemporaryDirectory(prefix="tscfile-") as folder:
         drawn = Path(folder) / path.name
-        draw(report, drawn)  # type: ignore[arg-type]
+        draw(report, drawn)
         _write(path, drawn.read_bytes(), force)
 
 

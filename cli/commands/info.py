@@ -13,18 +13,30 @@ from ..tree import draw
 
 if TYPE_CHECKING:
     from tscfile.description import ArchiveInfo, TensorGroup
+    from tscfile.explanation import PlanInfo
 
 
 @click.command("info")
 @archive_argument
 @click.option("--tree", is_flag=True, help="Draw the snapshots by their parents: branches show.")
+@click.option("--plan", is_flag=True, help="Say how each snapshot was stored, and what that saved.")
 @json_option
-def command(archive: Path, tree: bool, as_json: bool) -> None:
+def command(archive: Path, tree: bool, plan: bool, as_json: bool) -> None:
     """Say what ARCHIVE holds: model, layers, snapshots, tiers and ratios."""
     from tscfile.archive import Archive
     from tscfile.description import describe
+    from tscfile.explanation import explain
 
+    if tree and plan:
+        raise click.UsageError("give one of --tree and --plan")
     with Archive(archive) as opened:
+        if plan:
+            plans = explain(opened)
+            if as_json:
+                print_json(plans)
+            for line in () if as_json else _plans(opened.path, plans):
+                click.echo(printable(line))
+            return
         info = describe(opened)
     if as_json:
         print_json(info)
@@ -47,6 +59,28 @@ def _tree(info: ArchiveInfo) -> Iterator[str]:
         yield f"  {before:<{width}}{number:>4}  {row.plan:<16}{shared:>20}" + (
             f"{size(row.added_bytes):>10}  {row.name}"
         )
+
+
+def _plans(path: str, plans: list[PlanInfo]) -> Iterator[str]:
+    """How each snapshot was stored: frames, their positions, how far they moved, bytes."""
+    yield f"{path}: {len(plans)} snapshots"
+    for info in plans:
+        against = "" if info.parent is None else f" to snapshot {info.parent}"
+        apart = ""
+        if info.max_delta_error is not None:
+            apart = f"; max delta error {info.max_delta_error:.3g}"
+        stored = f"{info.tier}: {size(info.frame_bytes)} of frames"
+        yield f"  {info.number}: {info.plan}{against}, {stored}"
+        yield f"     stored anew they would take about {size(info.keyframe_bytes)}{apart}"
+        several = len({(part.cache, part.stream) for part in info.parts}) > 1
+        for part in info.parts:
+            place = f"cache {part.cache} stream {part.stream}, " if several else ""
+            moved = f", moved by {part.moved:+d}" if part.moved else ""
+            cost = f", {size(part.n_bytes)}" if part.n_bytes else ""
+            positions = f"{part.first}-{part.last}" if part.last > part.first else str(part.first)
+            yield f"     {part.kind:<11}{part.n_frames:>7} frames, {place}positions {positions}" + (
+                f"{moved}{cost}"
+            )
 
 
 def _lines(info: ArchiveInfo) -> Iterator[str]:

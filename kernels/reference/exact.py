@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -95,7 +97,7 @@ def exact_decode(
 ) -> tuple[NDArray[np.uint16], Ints, bool]:  # fmt: skip
     patterns, regressors = np.zeros(base.shape, np.uint16), np.zeros(base.shape, np.int64)
     genuine = True
-    lanes = [_Lane(*parts, words) for parts in zip(states, cursors, ends, strict=True)]  # type: ignore[arg-type]
+    lanes = [_Lane(*parts, words) for parts in zip(states, cursors, ends, strict=True)]
     # Frames of a lane follow one another in each channel, so channels are the outer loop.
     frames = [
         _predictions(group, base[:, t], angles, t, regressors[:, t]) for t in range(base.shape[1])
@@ -150,7 +152,9 @@ def _limited(value: int, limit: int) -> int:
     return min(max(value, -limit), limit)
 
 
-def _predictions(group, base, angles, t, regressors):  # type: ignore[no-untyped-def]
+def _predictions(
+    group: ExactGroup, base: Ints, angles: tuple[Ints, Ints], t: int, regressors: Ints
+) -> Iterator[tuple[int, int]]:
     """Channel by channel the prediction in its units; regressors of a pair, once both are there,
     are turned back."""
     row, most = 0, (1 << REGRESSOR_BITS) - 1
@@ -211,7 +215,9 @@ def _learn(mean: int, apart: int | None, sigma: int) -> int:
     return mean - (mean >> MEMORY) + error
 
 
-def _code(pattern, unit, first, width, form, cumulative):  # type: ignore[no-untyped-def]
+def _code(
+    pattern: int, unit: int, first: int, width: int, form: Format, cumulative: NDArray[np.uint32]
+) -> tuple[list[tuple[int, int, int]], int, int]:
     """Up to three events (start, size, bits), the symbol, and the value in units."""
     magnitude = pattern & 0x7FFF
     exponent, number = magnitude >> form.fraction_bits, magnitude % (1 << form.fraction_bits)
@@ -242,7 +248,9 @@ def _code(pattern, unit, first, width, form, cumulative):  # type: ignore[no-unt
     return events, symbol, at
 
 
-def _uncode(lane, unit, first, width, form, cumulative):  # type: ignore[no-untyped-def]
+def _uncode(
+    lane: _Lane, unit: int, first: int, width: int, form: Format, cumulative: NDArray[np.uint32]
+) -> tuple[int | None, int | None]:
     """The pattern and the value in units; no value for an escape, no pattern for nonsense."""
     slot = lane.slot(TABLE_BITS)
     symbol = int(np.searchsorted(cumulative, slot, side="right")) - 1

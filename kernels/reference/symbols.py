@@ -15,7 +15,8 @@ def seen_symbols(
 def index_symbols(
     matrix: NDArray[np.unsignedinteger], low_bits: int, index_of: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    return index_of[matrix >> low_bits]
+    symbols: NDArray[np.uint8] = index_of[matrix >> low_bits]
+    return symbols
 
 
 def count_symbols(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.uint32]:
@@ -25,7 +26,8 @@ def count_symbols(symbols: NDArray[np.uint8], n_symbols: int) -> NDArray[np.uint
 
 def nearest_class(counts: NDArray[np.uint32], lengths: NDArray[np.int32]) -> NDArray[np.uint8]:
     bits = counts.astype(np.int64) @ lengths.T.astype(np.int64)
-    return bits.argmin(axis=1).astype(np.uint8)
+    labels: NDArray[np.uint8] = bits.argmin(axis=1).astype(np.uint8)
+    return labels
 
 
 def class_totals(

@@ -1,61 +1,58 @@
-"""Make the files of valid/ again: python spec/vectors/make.py [folder]
+"""Make the files of valid/ and invalid/ again: python spec/vectors/make.py [folder]
 
-They are what tscfile writes of small made-up sessions, so another version of it or of zstd may make
-other bytes of the same content. The JSON beside each says what every reader must get: what went in,
-or, of book tiers, what the decoder of the specification makes of the file.
+Those of valid/ are what tscfile writes of small made-up sessions, or, where learning from a session
+would make other tables on other machines, what the classes of tscfile write of given integers. So
+another version of it or of zstd may make other bytes of the same content. The JSON beside each says
+what every reader must get: what went in, or, of lossy tiers, what the decoder of the specification
+makes of the file. invalid/ is the matter of make_invalid.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import tscfile
-from tscfile.books.book import Book, TierEntry
+from tscfile import registry
+from tscfile.blocks import content_id
+from tscfile.book_codec import BookCodec
+from tscfile.books import book as books
+from tscfile.books.book import TierEntry
+from tscfile.bytestream import ByteWriter
+from tscfile.container.records import BASIS, CODEBOOKS, ChunkHeader
+from tscfile.container.writer import EncodedChunk
 from tscfile.context import FrameContext
-from tscfile.dtypes import DTYPES
-from tscfile.entropy import ladder
-from tscfile.model import CellTable, ModelIdentity, Snapshot, TensorSpec
-from tscfile.transforms import channels
+from tscfile.entropy import widths
+from tscfile.model import ModelIdentity, Snapshot
+from tscfile.product_codec import _write_forms
+from tscfile.product_session import SessionCodes
+from tscfile.session_basis import Basis, Group, KeyTurn
 
 SPEC = Path(__file__).resolve().parent.parent
-F16 = DTYPES["f16"]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-
-class MadeUpTrack:
-    """Cells at positions 0, 1, 2, … of sequence 0; ``rows``: float16 ``[n, 4]`` of each tensor, the
-    keys of all layers and the values of all."""
-
-    cache, stream = 0, 0
-
-    def __init__(self, rows: list[NDArray[np.float16]], attributes: dict[str, Any]) -> None:
-        n = len(rows[0])
-        self.rows = [np.ascontiguousarray(part, "<f2").view(np.uint8) for part in rows]
-        self.tensors = tensors_of(len(rows) // 2)
-        pos, one = np.arange(n, dtype=np.int32), np.ones(n, np.int32)
-        self.cells = CellTable(pos, one, 0 * one, np.zeros((n, 0), np.int32))
-        self.attributes = attributes
-
-    def read(self, start: int, stop: int, tensors: Any = None) -> list[NDArray[np.uint8]]:
-        chosen = range(len(self.rows)) if tensors is None else tensors
-        return [self.rows[i][start:stop] for i in chosen]
-
-
-def tensors_of(n_layers: int) -> list[TensorSpec]:
-    return [TensorSpec(layer, role, F16, 8, 0) for role in "kv" for layer in range(n_layers)]
-
-
-def as_ids(tokens: list[int]) -> NDArray[np.int32]:
-    return np.array(tokens, np.int32)
-
+import make_moved as moved  # noqa: E402
+from draft import Draft, plain_cells, snapshot_record, track_record  # noqa: E402
+from make_invalid import make_invalid, small  # noqa: E402
+from toy import (  # noqa: E402
+    MORE,
+    OTHERS,
+    TOKENS,
+    MadeUpTrack,
+    as_ids,
+    exact_book,
+    made_up,
+    product_book,
+    tensors_of,
+    toy_book,
+)
 
 # --- smallest ---------------------------------------------------------------------------------
 
@@ -76,88 +73,14 @@ def make_smallest(folder: Path) -> None:
     write_json(path)
 
 
-# --- a book -----------------------------------------------------------------------------------
-
-
-def toy_book(tiers: tuple[TierEntry, ...] = (TierEntry("near", 256, 0.0005, 3.5),)) -> Book:
-    """For two layers of one key head of four channels, each layer a group."""
-    facts = {
-        "architecture": "toy", "book.history": 2, "book.decays": [0.5], "book.decay_dims": 1,
-        "book.head_dim": 4, "book.n_layers": 2, "book.group_layers": 1,
-        "book.group_coefficients": [2, 1], "book.group_predictions": [1, 1],
-        "book.rope_pairing": "neox", "book.rope_scale": 1.0,
-    }  # fmt: skip
-    arrays = {
-        "mean": floats([0.5, 0, 0, -0.25, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
-        "token_vectors": small([[64], [-64], [48]]),
-        "token_scales": floats([1 / 64, 1 / 64, 1 / 32]),
-        "hidden": small([[32, 0], [0, 16], [32, 0], [0, 64], [64, 0]]),
-        "hidden_scales": floats([1 / 32, 1 / 16]), "hidden_bias": floats([-0.5, 0.25]),
-        "linear": small([[16, 0], [0, -16], [0, 16], [0, 32], [32, 0]]),
-        "linear_scales": floats([1 / 32, 1 / 16]),
-        "output": small([[32, -32], [64, 0]]), "output_scales": floats([1 / 64, 1 / 64]),
-        "prediction": small([[64, 0, 0, 0, 0, 0, 32, 0], [0, 64, 0, 0, 0, 0, 0, -64]]),
-        "prediction_scales": floats([1 / 64, 1 / 64]),
-        "basis": small([[64, 0, 0, 0, 0, 0, 0, 0], [0, 64, 0, 0, 0, 0, 0, 64],
-                        [0, 0, 32, 0, 32, 0, 0, 0]]),
-        "basis_scales": floats([1 / 64, 1 / 64, 1 / 32]),
-        "metric": np.stack([np.eye(4, dtype=np.float16)] * 4),
-        "log_sigmas": np.array([256, -1100, 0], np.int16),
-        "frequencies": np.stack([frequencies_of(k) for k in range(ladder.N_CLASSES)]),
-        "inv_freq": floats([1, 0.5]),
-        "ids_order": planes([1, 0, 2, 3]), "ids_unigram": np.array([7, 6, 4, 1], np.uint8),
-        "ids_fan1": planes([2, 2, 1, 0]), "ids_next1": planes([1, 0, 0, 1, 0]),
-        "ids_count1": np.array([6, 4, 6, 3, 4], np.uint8),
-        "ids_fan2": planes([2, 1, 1, 0, 1]), "ids_next2": planes([0, 0, 0, 1, 0]),
-        "ids_count2": np.array([4, 2, 3, 2, 2], np.uint8),
-        "ids_weights": np.full((18, 7, 32), 1792, np.int16),
-        "ids_match": np.full(16, 61440, np.uint16),
-    }  # fmt: skip
-    return Book(facts, arrays, {tier.name: tier for tier in tiers})
-
-
-def floats(values: list[float]) -> NDArray[np.float32]:
-    return np.array(values, np.float32)
-
-
-def small(values: list[list[int]]) -> NDArray[np.int8]:
-    return np.array(values, np.int8)
-
-
-def planes(values: list[int]) -> NDArray[np.uint8]:
-    return np.array([values], np.uint8)
-
-
-def frequencies_of(k: int) -> NDArray[np.uint16]:
-    """Values that grow rarer by one factor from size to size, as wide as class ``k`` is."""
-    factor = np.exp(-np.sqrt(2) / 2 ** ((k + 0.5) / 4 - 3))
-    sizes = [0, *(size for size in range(1, 16) for _ in range(2))]
-    shares = (1 - factor) / (1 + factor) * factor ** np.array(sizes, float)
-    return ladder.normalise(np.append(shares, 1 - shares.sum()))
+def make_small(folder: Path) -> None:
+    """What the files of invalid/ are made of."""
+    path = folder / "small.tsc"
+    path.write_bytes(small())
+    write_json(path)
 
 
 # --- book tiers -------------------------------------------------------------------------------
-
-TOKENS = [2, 0, 1, 0, 7, 1]
-MORE = [0, 1, 2, 1, 0, 1, 2, 1, 0, 1]
-OTHERS = [1, 1, 0, 1, 1, 0, 1, 1, 0, 1]
-COEFFICIENTS = [  # of each frame
-    [4, 0, -1.5], [-3, 0, 0.5], [13, 0, 0], [2.5, 0, -1], [2.25, 0, -1], [-5, 0.5, 0.5],
-    [1, 0, 2], [-2, 0, 0], [0.5, 0, -0.75], [3.5, 0, 0.25], [-1.25, 0, 1], [0, 0, -0.5],
-    [0.75, 0, 0], [-0.5, 0.5, 1.5], [1.5, 0, -1.25], [2, 0, 0.25],
-]  # fmt: skip
-
-
-def made_up(tokens: list[int]) -> Snapshot:
-    """A session whose frames have the coefficients above, but for the rounding to f16."""
-    book, n = toy_book(), len(tokens)
-    context = FrameContext(np.arange(n, dtype=np.int32), as_ids(tokens))
-    coefficients = np.array(COEFFICIENTS[:n], np.float32)
-    frames = book.synthesize(book.network(context), coefficients, [2, 1])
-    rows = channels.from_frames(frames, tensors_of(2), context.pos, book.rope, 4, "norm")
-    track = MadeUpTrack([part.view("<f2") for part in rows], {})
-    identity = ModelIdentity({"architecture": "toy", "rope_pairing": "norm"})
-    return Snapshot(as_ids(tokens), [track], {"format": "example"}, {}, identity)
 
 
 def make_lossy(folder: Path) -> None:
@@ -201,80 +124,225 @@ def make_tokens(folder: Path) -> None:
     write_json(path)
 
 
+# --- exact rows with a book -------------------------------------------------------------------
+
+
+def make_exact(folder: Path) -> None:
+    """Two tracks, f16 and bf16, of codec 5, with numbers of all kinds among them."""
+    book, path = folder / "exact.tscbook", folder / "exact.tsc"
+    book.write_bytes(exact_book().to_bytes())
+    snapshot = made_up(TOKENS + MORE)
+    halves = [part.view("<f2").copy() for part in snapshot.tracks[0].read(0, 16)]
+    patterns = [(part.astype("<f4").view("<u4") >> 16).astype("<u2") for part in halves]
+    for rows, special in (
+        ([part.view("<u2") for part in halves], [0x8000, 0x0001, 0x8203, 0x7BFF, 0x7C00, 0xFE01]),
+        (patterns, [0x8000, 0x0001, 0x8041, 0x7F7F, 0xFF80, 0x7FC1]),
+    ):
+        for i, pattern in enumerate(special):
+            rows[i % 4][2 * i, i % 3] = pattern
+    opened, ids = books.load(book), snapshot.tokens
+    codec = BookCodec(opened, snapshot.identity, "exact").exact
+    assert codec is not None
+    draft, tracks = Draft(), []
+    for track in (MadeUpTrack(halves, {}), MadeUpTrack(patterns, {}, cache=1)):
+        rows = track.read(0, 16)
+        chunk = codec.encode(rows, track.tensors, FrameContext(track.cells.pos, ids))
+        runs = [(draft.block([chunk], content_id(rows)), 0, 16)]
+        tracks.append(track_record(track.tensors, runs, track.cells, cache=track.cache))
+    coding = {"book": opened.id, "rope_pairing": "norm"}
+    draft.snapshot(snapshot_record(ids, tracks, name="exact", coding=coding), ids)
+    finish(draft, path, book)
+
+
+# --- without a book ---------------------------------------------------------------------------
+
+TURN = KeyTurn(4, "neox", np.array([1, 0.5], np.float32))
+
+
+def make_session(folder: Path) -> None:
+    """A basis of two groups of layers, one that extends it, and a save with frames of both."""
+    first = Basis(TURN, [
+        group_of([0, 2], [1.5, 0.75], [3, 4], [
+            [4, 0, -2, 0, 9, 0, 0, 1], [5, -3, 0, 1, 0, 7, -1, 0]]),
+        group_of([1, 3], [1, 2], [0, 2, -5], [
+            [0, 0, 1, 0, 0, 0, 0, 0], [2, 0, 2, -1, 300, 0, 0, 1], [0, 1, 0, 0, 0, 0, -2, 0]]),
+    ])  # fmt: skip
+    draft = Draft()
+    first.id = draft.extra(BASIS, first.write())
+    more = Basis(TURN, [
+        with_row(first.groups[0], 6, [0, 0, 0, 9, 0, -4, 0, 3]), first.groups[1],
+    ], first.id)  # fmt: skip
+    values = np.zeros((6, 19), np.int32)
+    values[:, 0], values[:, 1], values[:, 2] = [3, -2, 0, 1, 40, -7], [1, 0, 0, -1, 2, 0], 1
+    values[:, 4], values[:, 17] = [0, 0, 1, 0, 0, -1], [900, -20000, 5, 0, 31, 77]
+    block = draft.block([session_chunk(first, values, 3, [(4, 0), (2, 4)])])
+    ids, names = as_ids(TOKENS), [f"{first.id:016x}"]
+    tensors, coding = tensors_of(2), {"bases": names, "keys": "turned back to position 0",
+                                      "tolerance": 0.08, "scales": [1.0, 2.0]}  # fmt: skip
+    record = snapshot_record(
+        ids, [track_record(tensors, [(block, 0, 6)], plain_cells(6))], tier="balanced",
+        name="first", coding=coding,
+    )  # fmt: skip
+    structure = draft.snapshot(record, ids)
+    draft.commit()
+    more.id = draft.extra(BASIS, more.write(first))
+    values = np.zeros((4, 20), np.int32)
+    values[:, 0], values[:, 2], values[:, 7] = [1, 2, 3, 4], [-9, 0, 6, 1], [0, 0, 0, 2]
+    later = draft.block([session_chunk(more, values, 6, [(4, 0)])])
+    longer, coding = as_ids(TOKENS + MORE[:4]), coding | {"bases": [*names, f"{more.id:016x}"]}
+    track = track_record(tensors, [(block, 0, 6), (later, 0, 4)], plain_cells(10))
+    record = snapshot_record(
+        longer, [track], before=ids, number=1, parent=0, plan="append", tier="balanced",
+        name="longer", coding=coding,
+    )  # fmt: skip
+    draft.snapshot(record, longer, structure)
+    finish(draft, folder / "session.tsc")
+
+
+def group_of(
+    tensors: list[int], steps: list[float], exponents: list[int], rows: list[list[int]]
+) -> Group:
+    """Tensors of four channels each; ``rows``: the mean, then the others."""
+    return Group(
+        tensors, [4] * len(tensors), np.array(steps, np.float32), np.array(exponents, np.int8),
+        np.array(rows, np.int32),
+    )  # fmt: skip
+
+
+def with_row(group: Group, exponent: int, row: list[int]) -> Group:
+    rows = [*group.entries.tolist(), row]
+    return group_of(group.tensors, group.steps.tolist(), [*group.exponents, exponent], rows)
+
+
+def session_chunk(
+    basis: Basis, values: NDArray[np.int32], shift: int, segments: Sequence[tuple[int, int]]
+) -> EncodedChunk:
+    """``segments``: frames and extra of each."""
+    writer = ByteWriter().pack("Q", basis.id).u8(shift)
+    chosen = np.where(values.any(axis=0), np.maximum(widths.choose(values)[0], 1), 0)
+    chosen = chosen.astype(np.uint8)
+    widths.write_widths(writer, chosen)
+    start = 0
+    for n, extra in segments:
+        writer.uvarint(n).u8(extra).pack("f", 0.0625)
+        widths.encode(writer, values[start : start + n], widths.finer(chosen, extra))
+        start += n
+    header = ChunkHeader(registry.SESSION_TRANSFORM, 0, len(values), 0, 1, (8,) * 4)
+    return EncodedChunk(header, writer.bytes())
+
+
+# --- product quantization ---------------------------------------------------------------------
+
+
+def make_product(folder: Path) -> None:
+    """Frames of none to three codes of a book, and an exact one."""
+    book, path = folder / "product.tscbook", folder / "product.tsc"
+    book.write_bytes(product_book().to_bytes())
+    codes = [bytes(each) for each in ([3, 7, 1], [9], [], [255, 0], [255, 255, 255])]
+    chunk = product_chunk(0, [*codes, exact_frame()])
+    coding = {"book": book.read_bytes()[-32:].hex(), "rope_pairing": "norm", "code_bytes": 2.0,
+              "fallback_above": 4.0, "fallback_frames": 1, "fallback_bytes": 32}  # fmt: skip
+    finish(one_product_save(Draft(), chunk, coding), path, book)
+
+
+def make_codebooks(folder: Path) -> None:
+    """The same with codebooks in the file: two rounds of them."""
+    entries = np.zeros((2, 4, 256, 2), np.int8)
+    for place, numbers in (
+        ((0, 0, 5), (30, -7)), ((0, 1, 0), (2, 2)), ((0, 2, 255), (-100, 50)), ((0, 3, 1), (1, 9)),
+        ((1, 0, 8), (4, 4)), ((1, 1, 8), (-3, 1)), ((1, 3, 77), (6, -6)),
+    ):  # fmt: skip
+        entries[place] = numbers
+    learnt = SessionCodes(
+        TURN, [4] * 4, 2, 4, 2,
+        np.array([1, 0, 0, -2, 0.5, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0.25], np.float32),
+        np.array([2, 1, 4, 0.5], np.float32),
+        np.array([[0.0625] * 4, [0.015625] * 4], np.float32), entries, 0.25,
+    )  # fmt: skip
+    draft = Draft()
+    learnt.id = draft.extra(CODEBOOKS, learnt.write())
+    first = bytes([5, 0, 5, 0, 255, 1, 0, 1, 8, 8, 8, 8, 0, 77, 0, 77])
+    chunk = product_chunk(learnt.id, [first, first[:8], b"", first[:3], exact_frame(), first[:13]])
+    coding = {"keys": "turned back to position 0", "code_bytes": 16.0, "fallback_above": 4.0,
+              "fallback_frames": 1, "fallback_bytes": 32,
+              "codebooks": [f"{learnt.id:016x}"]}  # fmt: skip
+    finish(one_product_save(draft, chunk, coding), folder / "codebooks.tsc")
+
+
+def exact_frame() -> NDArray[np.float16]:
+    return np.arange(1, 17).astype("<f2")
+
+
+def product_chunk(codebooks: int, frames: Sequence[bytes | NDArray[np.float16]]) -> EncodedChunk:
+    """Of each frame its codes or, exact, its numbers."""
+    forms = np.array([1 + len(each) if isinstance(each, bytes) else 0 for each in frames])
+    writer = ByteWriter().pack("Q", codebooks)
+    _write_forms(writer, forms[:4])
+    _write_forms(writer, forms[4:])
+    for each in frames:
+        writer.raw(each if isinstance(each, bytes) else each.tobytes())
+    header = ChunkHeader(registry.PRODUCT, 0, len(frames), 0, 1, (8,) * 4)
+    return EncodedChunk(header, writer.bytes())
+
+
+def one_product_save(draft: Draft, chunk: EncodedChunk, coding: dict[str, Any]) -> Draft:
+    ids = as_ids(TOKENS)
+    track = track_record(tensors_of(2), [(draft.block([chunk]), 0, 6)], plain_cells(6))
+    draft.snapshot(snapshot_record(ids, [track], tier="custom", name="codes", coding=coding), ids)
+    return draft
+
+
+def finish(draft: Draft, path: Path, book: Path | None = None) -> None:
+    path.write_bytes(draft.commit())
+    write_json(path, book)
+
+
 # --- what is in them --------------------------------------------------------------------------
 
 
-def write_json(path: Path, book: Path | None = None, layers: Sequence[str] = ()) -> None:
+def load_decoder() -> ModuleType:
     spec = importlib.util.spec_from_file_location("decoder", SPEC / "reference_decoder.py")
     assert spec and spec.loader
-    decoder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(decoder)
-    file = decoder.File(path.read_bytes(), book and book.read_bytes())
-    content: dict[str, Any] = {
-        "file_bytes": len(file.data), "format_version": "1.0",
-        "torn_bytes": len(file.data) - file.end,
-        "snapshots": [describe(number, each) for number, each in enumerate(file.snapshots)],
-    }  # fmt: skip
-    if file.books:
-        (content["book"],) = file.books
-        content["blocks"] = integers_of(file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_json(path: Path, book: Path | None = None, layers: Sequence[str] = ()) -> None:
+    decoder = load_decoder()
+    data, book_data = path.read_bytes(), book and book.read_bytes()
+    content = decoder.describe(decoder.File(data, book_data))
     for tier in layers:
-        found = decoder.File(path.read_bytes(), book and book.read_bytes(), tier)
-        content.setdefault("layers", {})[tier] = integers_of(found)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    # Lists of numbers on one line.
-    text = re.sub(r"\[[-\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
-    text = text.replace("[ ", "[").replace(" ]", "]")
-    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        found = decoder.describe(decoder.File(data, book_data, tier))
+        content.setdefault("layers", {})[tier] = found["blocks"]
+    path.with_suffix(".json").write_text(decoder.as_json(content), encoding="utf-8")
 
 
-def integers_of(file: Any) -> list[dict[str, Any]]:
-    return [
-        {"log_steps": found[0].tolist(), "integers": found[1].tolist()}
-        for _, found in sorted(file.decoded.items())
-        if isinstance(found, tuple)
-    ]
+# --- moved and patched frames -----------------------------------------------------------------
 
 
-def describe(number: int, snapshot: dict[str, Any]) -> dict[str, Any]:
-    keys = ("parent", "plan", "tier", "name", "source", "identity", "coding")
-    return {
-        "number": number, **{key: snapshot[key] for key in keys},
-        "tokens": snapshot["tokens"].tolist(),
-        "tracks": [describe_track(track) for track in snapshot["tracks"]],
-        "opaque": {name: content.hex() for name, content in snapshot["opaque"].items()},
-    }  # fmt: skip
+def make_moved(folder: Path) -> None:
+    moved.make_moved(folder / "moved.tsc")
+    write_json(folder / "moved.tsc")
 
 
-def describe_track(track: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "cache": track["cache"], "stream": track["stream"], "attributes": track["attributes"],
-        "positions": track["pos"].tolist(), "sequence_counts": track["seq_counts"].tolist(),
-        "sequence_ids": track["seq_ids"].tolist(),
-        "tensors": [
-            {
-                "layer": layer, "role": "kv"[role],
-                "element_type": {0: "f32", 1: "f16", 30: "bf16"}[type_],
-                "row_bytes": row_bytes, "rotation": rotation,
-                "rows": [
-                    None if cell in track["absent"] else row.tobytes().hex()
-                    for cell, row in enumerate(rows)
-                ],
-            }
-            for (layer, role, type_, row_bytes, rotation), rows in zip(
-                track["tensors"], track["rows"], strict=True
-            )
-        ],
-    }  # fmt: skip
+def make_difference(folder: Path) -> None:
+    finish(moved.make_difference(), folder / "difference.tsc")
+
+
+VALID = (
+    make_smallest, make_small, make_lossy, make_embedded, make_layered, make_tokens, make_exact,
+    make_session, make_product, make_codebooks, make_moved, make_difference,
+)  # fmt: skip
 
 
 def make_all(folder: Path) -> None:
-    make_smallest(folder)
-    make_lossy(folder)
-    make_embedded(folder)
-    make_layered(folder)
-    make_tokens(folder)
+    """Fill ``folder``/valid and ``folder``/invalid."""
+    (folder / "valid").mkdir(exist_ok=True)
+    for make in VALID:
+        make(folder / "valid")
+    make_invalid(folder / "invalid", load_decoder())
 
 
 if __name__ == "__main__":
-    make_all(Path(sys.argv[1]) if len(sys.argv) > 1 else SPEC / "vectors" / "valid")
+    make_all(Path(sys.argv[1]) if len(sys.argv) > 1 else SPEC / "vectors")

@@ -186,4 +186,5 @@ def _prior() -> NDArray[np.float64]:
     sizes = (np.arange(ladder.N_SYMBOLS) + 1) // 2
     mass = np.where(sizes == 0, 1 - decay**0.6, decay ** (sizes - 0.4) * (1 - decay) / 2)
     mass[:, ladder.ESCAPE] = decay[:, 0] ** (ladder.LARGEST + 0.6)
-    return 20 * mass / mass.sum(axis=1, keepdims=True)
+    counts: NDArray[np.float64] = 20 * mass / mass.sum(axis=1, keepdims=True)
+    return counts

@@ -172,7 +172,8 @@ class Book:
         """Indices of the first ``counts[g]`` coefficients of each group g."""
         starts = self.basis.edges
         spans = [np.arange(n) + start for start, n in zip(starts, counts, strict=False)]
-        return np.concatenate(spans).astype(np.int64)
+        columns: NDArray[np.int64] = np.concatenate(spans).astype(np.int64)
+        return columns
 
     def predict(self, context: FrameContext) -> Floats:
         """Mean and prediction of each frame, float32 ``[n, C]``."""

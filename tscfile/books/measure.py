@@ -120,7 +120,7 @@ def _first_step(book: Book) -> int:
     octaves = np.sort(book.log_sigmas.astype(np.float64))[::-1] / UNITS_PER_OCTAVE
     bits = np.cumsum(octaves) - np.arange(1, len(octaves) + 1) * octaves
     first = min(int(np.searchsorted(bits, 0.2 * book.n_channels)), len(octaves) - 1)
-    return round(octaves[first] * UNITS_PER_OCTAVE)
+    return round(float(octaves[first]) * UNITS_PER_OCTAVE)
 
 
 def _tensors(shape: CacheShape) -> list[TensorSpec]:

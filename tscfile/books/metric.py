@@ -57,11 +57,14 @@ class Metric:
         """Frames ``[n, C]`` times F^½: squared distances are then costs."""
         return self._times(frames, self.roots[0])
 
-    def colour(self, rows: NDArray[np.float32], groups: LayerGroups, group: int) -> NDArray:
+    def colour(
+        self, rows: NDArray[np.float32], groups: LayerGroups, group: int
+    ) -> NDArray[np.float32]:
         """Undo `whiten` for rows ``[n, c]`` over the channels of one group."""
         return self._times(rows, self.roots[1][groups.tensors(group)])
 
     @staticmethod
     def _times(rows: NDArray[np.float32], blocks: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = rows.reshape(len(rows), len(blocks), -1).transpose(1, 0, 2)
-        return np.matmul(parts, blocks).transpose(1, 0, 2).reshape(len(rows), -1)
+        products: NDArray[np.float32] = np.matmul(parts, blocks)
+        return products.transpose(1, 0, 2).reshape(len(rows), -1)

@@ -54,10 +54,10 @@ def fit_network(
     """Arrays ``hidden``, ``hidden_scales``, ``hidden_bias``, ``linear``, ``output``, … of a
     book."""
     n = features.n_features
-    linear = _least_squares(sample, lambda context: features.all(context), n)
-    noise = _remaining(features, sample, linear)
+    alone = _least_squares(sample, lambda context: features.all(context), n)
+    noise = _remaining(features, sample, alone)
     state = _learn_hidden(
-        features, sample, linear, noise, n_hidden, epochs, seed, device, checkpoint, progress
+        features, sample, alone, noise, n_hidden, epochs, seed, device, checkpoint, progress
     )
     hidden, hidden_scales = quantize_columns(state["weight"])
     used = restored_columns(hidden, hidden_scales)

@@ -289,7 +289,8 @@ def _prediction(
     def coordinates(number: int) -> NDArray[np.float32]:
         whitened = metric.whiten(source.frames(number)) - centre
         parts = [groups.take(whitened, g) @ each for g, each in enumerate(leading)]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        whole: NDArray[np.float32] = np.concatenate(parts, axis=1).astype(np.float32)
+        return whole
 
     scale = np.sqrt(np.concatenate([v[v >= floor][::-1] for v, _ in found])).astype(np.float32)
     targets = []

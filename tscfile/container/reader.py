@@ -58,7 +58,7 @@ class Container:
         self._fd = os.open(self.path, os.O_RDONLY)
         try:
             self.size = os.fstat(self._fd).st_size
-            self.header = Header.read(os.pread(self._fd, Header.SIZE, 0), self.path)
+            self.header = Header.read(self._bytes(0, Header.SIZE), self.path)
             trailer, self.whole_end = self._find_trailer()
             self.torn_bytes = self.size - self.whole_end
             self.segments: list[IndexSegment] = []
@@ -86,7 +86,8 @@ class Container:
 
     def read(self, ref: RecordRef, type_: int, payload_checksum: int | None = None) -> memoryview:
         """Payload of the record at ``ref``, its header and checksum verified."""
-        where = f"{self.path}: {RECORD_NAMES[type_]} at offset {ref.offset}"
+        name = RECORD_NAMES.get(type_, f"record of type {type_}")
+        where = f"{self.path}: {name} at offset {ref.offset}"
         if ref.length < RecordHeader.SIZE or ref.offset + ref.length > self.whole_end:
             raise DamagedError(f"{where}: lies outside the file; damaged")
         data = memoryview(self._pread(ref, where))
@@ -113,17 +114,25 @@ class Container:
             if ref.offset + RecordHeader.SIZE > self.whole_end:
                 # Whoever needs it will not find it.
                 continue
-            head = os.pread(self._fd, RecordHeader.SIZE, ref.offset)
-            where = f"{self.path}: {RECORD_NAMES[type_]} at offset {ref.offset}"
-            found.setdefault(RecordHeader.read(head, where).payload_checksum, ref)
+            head = self._bytes(ref.offset, RecordHeader.SIZE)
+            try:
+                header = RecordHeader.read(head, self.path)
+            except DamagedError:
+                # Nor this one; what others need is there all the same.
+                continue
+            found.setdefault(header.payload_checksum, ref)
         return found
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes of the file. All that is read of it goes through here."""
+        return os.pread(self._fd, length, offset)
 
     def _pread(self, ref: RecordRef, where: str) -> bytes:
         parts = []
         at, left = ref.offset, ref.length
         # One pread returns 2 GiB at most, and may return less than asked for.
         while left:
-            part = os.pread(self._fd, left, at)
+            part = self._bytes(at, left)
             if not part:
                 raise TruncatedError(f"{where}: the file ends within it")
             parts.append(part)
@@ -138,7 +147,7 @@ class Container:
         search = Allowance(2 * self.size + _SLACK_BYTES)
         while end >= Header.SIZE + Trailer.SIZE:
             start = max(Header.SIZE, end - reach)
-            window = os.pread(self._fd, end - start, start)
+            window = self._bytes(start, end - start)
             at = len(window)
             while (at := window.rfind(Trailer.MAGIC, 0, at)) >= 0:
                 first = at + len(Trailer.MAGIC) - Trailer.SIZE

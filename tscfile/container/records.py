@@ -1,29 +1,22 @@
 """The bytes of a ``.tsc`` file: one class per structure, ``write`` beside ``read``.
 
-``spec/tsc.md`` is the definition; this follows it field by field. Nothing here opens files.
+``spec/tsc.md`` is the definition; this follows it field by field. Nothing here opens files. The
+snapshot record has a module of its own, `snapshots`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ..bytestream import Allowance, ByteReader, ByteWriter
-from ..dtypes import dtype_from_ggml
-from ..entropy import ints, zstd
 from ..errors import DamagedError, TruncatedError, UnsupportedError
-from ..model import CellTable, TensorSpec, tensor_runs
-from .metadata import dictionary_of, read_metadata, write_metadata
-
-Tokens = Callable[[], NDArray[np.int32]]
+from ..registry import DIFFERENCE
 
 VERSION = (1, 0)
 KNOWN_FEATURES = 0
@@ -46,15 +39,16 @@ MAX_CHUNK_BYTES = 1 << 30
 MAX_CHUNK_TENSORS = 0xFFFF
 MAX_LAYERS = 16
 """Quality layers of a block."""
+MAX_CONTEXTS = 64
+"""Contexts of a snapshot."""
 ID_BYTES = 16
 
 # About what an item takes in memory once it is read; claimed before, see `Allowance`.
 _REF_MEMORY, _CHUNK_MEMORY, _BLOCK_MEMORY, _EXTRA_MEMORY = 128, 320, 320, 192
-_TENSOR_MEMORY = 192
-_RUN_MEMORY, _TRACK_MEMORY, _OPAQUE_MEMORY = 160, 2048, 384
-_TOKEN_MEMORY = 40
+_RUN_MEMORY = 192
 
-_STRUCTURE_LEVEL = 19
+_MOST_SHIFT = 0xFFFFFFFF
+"""Positions are integers of 32 bits."""
 
 
 def checksum(data: bytes | memoryview | bytearray) -> int:
@@ -249,18 +243,65 @@ class ChunkEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameRun:
+    """Frames ``first`` to ``first + count`` of a block, in this order.
+
+    ``context``: 0 if they are decoded at the positions of their cells from the snapshot's own
+    tokens; else one of its contexts, counted from 1: they are decoded from its tokens, at positions
+    less by ``shift``, and their keys then turned to those of the cells.
+    """
+
+    block: int
+    first: int
+    count: int
+    context: int = 0
+    shift: int = 0
+
+
+def write_runs(writer: ByteWriter, runs: Sequence[FrameRun], contexts: bool = True) -> None:
+    """A list of runs; without ``contexts`` all are of context 0."""
+    writer.uvarint(len(runs))
+    expected = 0
+    for run in runs:
+        writer.svarint(run.block - expected).uvarint(run.first).uvarint(run.count)
+        expected = run.block + 1
+        if contexts:
+            writer.uvarint(run.context)
+            if run.context:
+                writer.svarint(run.shift)
+
+
+def read_runs(reader: ByteReader, contexts: bool = True) -> tuple[FrameRun, ...]:
+    """Undo `write_runs`."""
+    runs: list[FrameRun] = []
+    expected = 0
+    for _ in range(reader.count(item_bytes=3 + contexts, item_memory=_RUN_MEMORY)):
+        block = expected + reader.svarint()
+        first, count = (reader.uvarint(limit=MAX_BLOCK_FRAMES) for _ in range(2))
+        context = reader.uvarint(limit=MAX_CONTEXTS) if contexts else 0
+        shift = reader.svarint() if context else 0
+        if block < 0 or abs(shift) > _MOST_SHIFT:
+            raise DamagedError(f"{reader.where}: a run of frames that cannot be; damaged")
+        runs.append(FrameRun(block, first, count, context, shift))
+        expected = block + 1
+    return tuple(runs)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockEntry:
     """A sealed run of frames: what identifies it and the chunks that hold it.
 
-    ``content_id``: first 16 bytes of the BLAKE3 of all its rows, tensor after tensor, or, if no
-    layer gives back the very rows, of its payloads; ``logical_id``: of its tokens and all before
-    them (`tscfile.blocks.logical_ids`), or zeros. ``chunks``: layer after layer.
+    ``content_id``: first 16 bytes of the BLAKE3 of the rows that were packed, tensor after tensor,
+    or zeros; ``logical_id``: of its tokens and all before them (`tscfile.blocks.logical_ids`), or
+    zeros. ``chunks``: layer after layer. ``sources``: frames of earlier blocks, as many as there
+    are here, that a chunk of codec 7 is the difference to.
     """
 
     n_frames: int
     content_id: bytes
     logical_id: bytes
     chunks: tuple[ChunkEntry, ...]
+    sources: tuple[FrameRun, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -277,16 +318,27 @@ class BlockEntry:
         writer.uvarint(len(self.chunks))
         for chunk in self.chunks:
             chunk.write(writer)
+        if _has_sources(self.chunks):
+            write_runs(writer, self.sources, contexts=False)
 
     @classmethod
-    def read(cls, reader: ByteReader) -> BlockEntry:
+    def read(cls, reader: ByteReader, number: int) -> BlockEntry:
+        """``number``: that of the block, all of whose sources come before it."""
         n_frames = reader.uvarint(limit=MAX_BLOCK_FRAMES)
         if not n_frames:
             raise DamagedError(f"{reader.where}: a block without frames; damaged")
         content_id, logical_id = bytes(reader.take(ID_BYTES)), bytes(reader.take(ID_BYTES))
         n_chunks = reader.count(item_bytes=15, item_memory=_CHUNK_MEMORY)
         chunks = tuple(ChunkEntry.read(reader) for _ in range(n_chunks))
-        return cls(n_frames, content_id, logical_id, chunks)
+        sources = read_runs(reader, contexts=False) if _has_sources(chunks) else ()
+        fits = sum(run.count for run in sources) == n_frames or not _has_sources(chunks)
+        if not fits or any(run.block >= number for run in sources):
+            raise DamagedError(f"{reader.where}: block {number} has other sources; damaged")
+        return cls(n_frames, content_id, logical_id, chunks, sources)
+
+
+def _has_sources(chunks: Sequence[ChunkEntry]) -> bool:
+    return any(chunk.codec == DIFFERENCE for chunk in chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +391,7 @@ class Index:
         previous = RecordRef.read(reader)
         first_block = reader.uvarint()
         n_blocks = reader.count(item_bytes=34, item_memory=_BLOCK_MEMORY)
-        blocks = [BlockEntry.read(reader) for _ in range(n_blocks)]
+        blocks = [BlockEntry.read(reader, first_block + i) for i in range(n_blocks)]
         first_snapshot = reader.uvarint()
         n_snapshots = reader.count(item_bytes=2, item_memory=_REF_MEMORY)
         snapshots = [RecordRef.read(reader) for _ in range(n_snapshots)]
@@ -353,295 +405,3 @@ class Index:
                     "not; a newer tscfile may"
                 )
         return cls(previous, first_block, blocks, first_snapshot, snapshots, extras)
-
-
-# --- snapshots --------------------------------------------------------------------------------
-
-
-_ROLES = ("k", "v")
-_EXT_CODED, _EXT_POSITION, _EXT_TOKEN = range(3)
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRun:
-    """Frames ``first`` to ``first + count`` of a block, in this order."""
-
-    block: int
-    first: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenIds:
-    """Token ids as a snapshot stores them: the first ``kept`` of its parent's, then ``count`` in
-    ``data``; ``coding`` is one of `entropy.ints` or of `tscfile.tokens`."""
-
-    kept: int
-    count: int
-    coding: int
-    data: bytes
-
-    def __len__(self) -> int:
-        return self.kept + self.count
-
-    def write(self, writer: ByteWriter) -> None:
-        writer.uvarint(self.kept).uvarint(self.count)
-        writer.u8(self.coding).uvarint(len(self.data)).raw(self.data)
-
-    @classmethod
-    def read(cls, reader: ByteReader, n_parent: int) -> TokenIds:
-        """``n_parent``: how many tokens the parent has."""
-        kept, count = reader.uvarint(limit=n_parent), reader.uvarint(limit=0x7FFFFFFF)
-        reader.claim(_TOKEN_MEMORY * (kept + count))
-        return cls(kept, count, reader.u8(), bytes(reader.take(reader.uvarint())))
-
-
-@dataclass
-class TrackRecord:
-    """One track of a snapshot: its tensors, where its frames are, and who sits in its cells."""
-
-    cache: int
-    stream: int
-    attributes: dict[str, Any]
-    tensors: tuple[TensorSpec, ...]
-    runs: tuple[FrameRun, ...]
-    cells: CellTable
-
-    def write(self, writer: ByteWriter, tokens: NDArray[np.int32]) -> None:
-        writer.uvarint(self.cache).uvarint(self.stream)
-        write_metadata(writer, self.attributes)
-        _write_tensors(writer, self.tensors)
-        writer.uvarint(len(self.runs))
-        for run in self.runs:
-            writer.uvarint(run.block).uvarint(run.first).uvarint(run.count)
-        _write_cells(writer, self.cells, tokens)
-
-    @classmethod
-    def read(cls, reader: ByteReader, tokens: Tokens, max_cells: int) -> TrackRecord:
-        cache, stream = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
-        attributes = read_metadata(reader)
-        tensors = _read_tensors(reader)
-        runs = []
-        for _ in range(reader.count(item_bytes=3, item_memory=_RUN_MEMORY)):
-            block, first = reader.uvarint(), reader.uvarint(limit=MAX_BLOCK_FRAMES)
-            runs.append(FrameRun(block, first, reader.uvarint(limit=MAX_BLOCK_FRAMES)))
-        n_cells = sum(run.count for run in runs)
-        if n_cells > max_cells:
-            raise DamagedError(f"{reader.where}: a track of more cells than the file has frames")
-        cells = _read_cells(reader, n_cells, tokens)
-        return cls(cache, stream, attributes, tensors, tuple(runs), cells)
-
-
-def logical_seed(facts: dict[str, Any], track: Any) -> bytes:
-    """What the logical ids of a track's blocks start from: model, cache, stream and tensors.
-
-    ``facts``: the snapshot's identity, of which the label ``name`` says nothing about the state.
-    """
-    writer = ByteWriter()
-    write_metadata(writer, {key: facts[key] for key in sorted(facts) if key != "name"})
-    writer.uvarint(track.cache).uvarint(track.stream)
-    _write_tensors(writer, track.tensors)
-    return writer.bytes()
-
-
-@dataclass(frozen=True, slots=True)
-class OpaqueEntry:
-    """Bytes of the source kept as they are, in a record of their own."""
-
-    name: str
-    ref: RecordRef
-    raw_length: int
-    content_id: bytes
-
-    def write(self, writer: ByteWriter) -> None:
-        writer.string(self.name)
-        self.ref.write(writer)
-        writer.uvarint(self.raw_length).raw(self.content_id)
-
-    @classmethod
-    def read(cls, reader: ByteReader) -> OpaqueEntry:
-        name, ref, raw_length = reader.string(), RecordRef.read(reader), reader.uvarint()
-        return cls(name, ref, raw_length, bytes(reader.take(ID_BYTES)))
-
-
-@dataclass
-class SnapshotRecord:
-    """One save of the conversation. ``parent`` is the snapshot it was planned against, or None.
-
-    ``coding``: what decoding needs beyond the file (``book``, its id) and what was promised.
-    """
-
-    number: int
-    parent: int | None
-    plan: str
-    tier: str
-    name: str
-    source: dict[str, Any]
-    identity: dict[str, Any]
-    coding: dict[str, Any]
-    ids: TokenIds
-    tracks: list[TrackRecord]
-    opaque: list[OpaqueEntry] = field(default_factory=list)
-
-    @property
-    def layers(self) -> list[str]:
-        """Tiers of the quality layers, the base first; without layers the one tier there is."""
-        names = self.coding.get("layers")
-        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return list(names) if known and names else [self.tier]
-
-    def structure(self, tokens: NDArray[np.int32]) -> bytes:
-        """All but number, parent and ids, before it is compressed. ``tokens``: int32 ``[n]``, what
-        ``ids`` stand for."""
-        writer = ByteWriter().string(self.plan).string(self.tier).string(self.name)
-        write_metadata(writer, self.source)
-        write_metadata(writer, self.identity)
-        write_metadata(writer, self.coding)
-        writer.uvarint(len(self.tracks))
-        for track in self.tracks:
-            track.write(writer, tokens)
-        writer.uvarint(len(self.opaque))
-        for entry in self.opaque:
-            entry.write(writer)
-        return writer.bytes()
-
-    def write(self, tokens: NDArray[np.int32], parent_structure: bytes) -> bytes:
-        """``parent_structure``: what the parent's `structure` is, empty without one. Most of it
-        holds for this snapshot too."""
-        structure = self.structure(tokens)
-        writer = ByteWriter().uvarint(self.number)
-        writer.uvarint(0 if self.parent is None else self.parent + 1)
-        self.ids.write(writer)
-        dictionary = dictionary_of(parent_structure)
-        packed = zstd.compress(structure, _STRUCTURE_LEVEL, dictionary)
-        return writer.uvarint(len(structure)).raw(packed).bytes()
-
-    @staticmethod
-    def read_parent(data: memoryview, where: str) -> int | None:
-        """The parent's number alone: it must be read first, for its structure."""
-        reader = ByteReader(data, where)
-        number, parent = reader.uvarint(), reader.uvarint()
-        if parent > number:
-            raise DamagedError(f"{where}: snapshot {number} names a parent that comes later")
-        return parent - 1 if parent else None
-
-    @classmethod
-    def read(
-        cls,
-        data: memoryview,
-        parent: SnapshotRecord | None,
-        parent_structure: bytes,
-        tokens_of: Callable[[TokenIds, dict[str, Any]], NDArray[np.int32]],
-        max_cells: int,
-        where: str,
-        allowance: Allowance,
-    ) -> tuple[SnapshotRecord, bytes]:
-        """The record and its structure. ``tokens_of``: decodes ids, given the coding; called only
-        if cells refer to them. ``max_cells``: the number of frames in all blocks."""
-        start = ByteReader(data, where, allowance)
-        number = start.uvarint()
-        start.uvarint()
-        ids = TokenIds.read(start, 0 if parent is None else len(parent.ids))
-        length = start.uvarint(limit=MAX_CHUNK_BYTES)
-        start.claim(2 * length)
-        dictionary = dictionary_of(parent_structure)
-        structure = zstd.decompress(start.take(start.remaining), length, where, dictionary)
-        if len(structure) != length:
-            raise DamagedError(f"{where}: its structure has the wrong size; damaged")
-        reader = ByteReader(structure, where, allowance)
-        plan, tier, name = reader.string(), reader.string(), reader.string()
-        source, identity, coding = (read_metadata(reader) for _ in range(3))
-        tokens = cache(lambda: tokens_of(ids, coding))
-        n_tracks = reader.count(item_bytes=8, item_memory=_TRACK_MEMORY)
-        tracks = [TrackRecord.read(reader, tokens, max_cells) for _ in range(n_tracks)]
-        n_opaque = reader.count(item_bytes=20, item_memory=_OPAQUE_MEMORY)
-        opaque = [OpaqueEntry.read(reader) for _ in range(n_opaque)]
-        reader.end()
-        if len({(track.cache, track.stream) for track in tracks}) < len(tracks):
-            raise DamagedError(f"{where}: two tracks are the same cache and stream; damaged")
-        if len({entry.name for entry in opaque}) < len(opaque):
-            raise DamagedError(f"{where}: two opaque parts have the same name; damaged")
-        record = cls(
-            number, None if parent is None else parent.number, plan, tier, name, source, identity,
-            coding, ids, tracks, opaque,
-        )  # fmt: skip
-        return record, structure
-
-
-def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many leading elements are equal."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
-
-
-def _write_tensors(writer: ByteWriter, tensors: Sequence[TensorSpec]) -> None:
-    runs = tensor_runs(tensors)
-    writer.uvarint(len(runs))
-    for run in runs:
-        first = run[0]
-        writer.uvarint(first.layer).uvarint(len(run)).u8(_ROLES.index(first.role))
-        writer.uvarint(first.dtype.ggml_id).uvarint(first.row_bytes).uvarint(first.rotation + 1)
-
-
-def _read_tensors(reader: ByteReader) -> tuple[TensorSpec, ...]:
-    tensors: list[TensorSpec] = []
-    for _ in range(reader.count(item_bytes=6)):
-        layer, count = reader.uvarint(limit=0xFFFF), reader.uvarint(limit=0xFFFF)
-        role = reader.u8()
-        dtype = dtype_from_ggml(reader.uvarint(limit=0xFFFF))
-        row_bytes, rotation = reader.uvarint(limit=MAX_CHUNK_BYTES), reader.uvarint(limit=1 << 32)
-        if role >= len(_ROLES) or row_bytes % dtype.block_bytes or not row_bytes:
-            raise DamagedError(f"{reader.where}: a tensor's role or row length is wrong; damaged")
-        reader.claim(count * _TENSOR_MEMORY)
-        tensors += [
-            TensorSpec(layer + i, _ROLES[role], dtype, row_bytes, rotation - 1)
-            for i in range(count)
-        ]
-    return tuple(tensors)
-
-
-def _write_cells(writer: ByteWriter, cells: CellTable, tokens: NDArray[np.int32]) -> None:
-    ints.write(writer, cells.pos)
-    ints.write(writer, cells.seq_counts)
-    ints.write(writer, cells.seq_ids)
-    writer.uvarint(cells.ext.shape[1])
-    for column in cells.ext.T:
-        if (column == cells.pos).all():
-            writer.u8(_EXT_POSITION)
-        elif (column == _token_at(cells.pos, tokens)).all():
-            writer.u8(_EXT_TOKEN)
-        else:
-            writer.u8(_EXT_CODED)
-            ints.write(writer, column)
-
-
-def _read_cells(reader: ByteReader, n_cells: int, tokens: Tokens) -> CellTable:
-    pos, seq_counts = ints.read(reader, n_cells), ints.read(reader, n_cells)
-    n_ids = int(seq_counts.sum(dtype=np.int64))
-    # A cell is shared by a handful of sequences; llama.cpp allows 256.
-    if (seq_counts < 0).any() or n_ids > 256 * max(n_cells, 1):
-        raise DamagedError(f"{reader.where}: {n_ids} sequence ids for {n_cells} cells; damaged")
-    seq_ids = ints.read(reader, n_ids)
-    n_columns = reader.uvarint(limit=16)
-    reader.claim(4 * n_cells * n_columns)
-    ext = np.empty((n_cells, n_columns), np.int32)
-    for column in range(ext.shape[1]):
-        coding = reader.u8()
-        if coding == _EXT_POSITION:
-            ext[:, column] = pos
-        elif coding == _EXT_TOKEN:
-            ext[:, column] = _token_at(pos, tokens())
-        elif coding == _EXT_CODED:
-            ext[:, column] = ints.read(reader, n_cells)
-        else:
-            raise DamagedError(f"{reader.where}: a cell column has unknown coding {coding}")
-    return CellTable(pos, seq_counts, seq_ids, ext)
-
-
-def _token_at(pos: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The token whose index is the cell's position, -1 where there is none."""
-    found = np.full(len(pos), -1, np.int32)
-    inside = (pos >= 0) & (pos < len(tokens))
-    found[inside] = tokens[pos[inside]]
-    return found

@@ -26,6 +26,7 @@ from .records import (
     ChunkEntry,
     ChunkHeader,
     ExtraEntry,
+    FrameRun,
     Header,
     Index,
     RecordHeader,
@@ -86,9 +87,11 @@ class ContainerWriter:
         return len(self._old_snapshots) + len(self._snapshots)
 
     def add_block(
-        self, n_frames: int, content_id: bytes, logical_id: bytes, chunks: Sequence[EncodedChunk]
-    ) -> int:
-        """Store the chunks of one block; returns the block's number."""
+        self, n_frames: int, content_id: bytes, logical_id: bytes, chunks: Sequence[EncodedChunk],
+        sources: Sequence[FrameRun] = (),
+    ) -> int:  # fmt: skip
+        """Store the chunks of one block; returns the block's number. ``sources``: of a block that
+        is coded as a difference, the frames that it is one to."""
         entries = []
         for chunk in chunks:
             payload = chunk.header.write() + chunk.body
@@ -100,7 +103,9 @@ class ContainerWriter:
                     chunk.header.raw_length,
                 )
             )  # fmt: skip
-        self._blocks.append(BlockEntry(n_frames, content_id, logical_id, tuple(entries)))
+        self._blocks.append(
+            BlockEntry(n_frames, content_id, logical_id, tuple(entries), tuple(sources))
+        )
         return self.n_blocks - 1
 
     def add_opaque(self, body: bytes) -> RecordRef:

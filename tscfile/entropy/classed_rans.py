@@ -178,7 +178,8 @@ def _read_tables(
     class_of_column = np.frombuffer(tables.take(n_columns), np.uint8)
     low, high = (np.frombuffer(tables.take(n_classes * n_symbols), np.uint8) for _ in range(2))
     tables.end()
-    frequencies = (low | high.astype(np.uint16) << 8).reshape(n_classes, n_symbols)
+    wide: NDArray[np.uint16] = low | high.astype(np.uint16) << np.uint16(8)
+    frequencies = wide.reshape(n_classes, n_symbols)
     if not n_classes or int(class_of_column.max(initial=0)) >= n_classes:
         raise DamagedError(f"{reader.where}: a column names a class that has no table; damaged")
     if (frequencies.sum(axis=1, dtype=np.uint32) != 1 << ops.PROBABILITY_BITS).any():

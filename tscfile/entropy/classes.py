@@ -49,9 +49,10 @@ def choose(counts: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.ui
     labels = _refine(sample, _spread(sample, n_classes), _ROUNDS)
     totals = _merge(ops.class_totals(sample, labels, n_classes).astype(np.float32))
     labels = _refine(counts, _assign(counts, totals), _FINAL_ROUNDS)
-    _, labels = np.unique(labels, return_inverse=True)
-    final = ops.class_totals(counts, labels.astype(np.uint8), int(labels.max()) + 1)
-    return labels.astype(np.uint8), np.stack([_normalise(total) for total in final])
+    used, found = np.unique(labels, return_inverse=True)
+    labels = found.astype(np.uint8)
+    final = ops.class_totals(counts, labels, len(used))
+    return labels, np.stack([_normalise(total) for total in final])
 
 
 def _spread(counts: NDArray[np.uint32], n_classes: int) -> NDArray[np.uint8]:
@@ -112,7 +113,8 @@ def _merge(totals: NDArray[np.float32]) -> NDArray[np.float32]:
         renewed = costs[a] + costs - _cost(totals[a] + totals)
         gains[a, a + 1 :] = np.where(alive[a + 1 :], renewed[a + 1 :], -np.inf)
         gains[:a, a] = np.where(alive[:a], renewed[:a], -np.inf)
-    return totals[alive]
+    left: NDArray[np.float32] = totals[alive]
+    return left
 
 
 def _cost(totals: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -120,13 +122,15 @@ def _cost(totals: NDArray[np.float32]) -> NDArray[np.float32]:
     sums = totals.sum(axis=1)
     own = (totals * np.log2(np.maximum(totals, 1))).sum(axis=1)
     entries: NDArray[np.intp] = np.count_nonzero(totals, axis=1)
-    return sums * np.log2(np.maximum(sums, 1)) - own + np.float32(_BITS_PER_ENTRY) * entries
+    tables = np.float32(_BITS_PER_ENTRY) * entries
+    bits: NDArray[np.float32] = sums * np.log2(np.maximum(sums, 1)) - own + tables
+    return bits
 
 
 def _normalise(total: NDArray[np.int64]) -> NDArray[np.uint16]:
     """Frequencies that sum to 4096, at least 1 for every symbol in use."""
     exact = total * (_TOTAL / float(total.sum()))
-    frequencies = np.maximum(np.rint(exact), total > 0).astype(np.int64)
+    frequencies: NDArray[np.int64] = np.maximum(np.rint(exact), total > 0).astype(np.int64)
     # What rounding left over goes to the largest, where a unit changes the length least.
     surplus = int(frequencies.sum()) - _TOTAL
     while surplus:

@@ -28,7 +28,8 @@ Ints = NDArray[np.int32]
 def write(writer: ByteWriter, values: Ints) -> None:
     """Append the coding of int32 ``[n]``; the reader must know ``n``."""
     values = np.ascontiguousarray(values, np.int32)
-    steps = np.diff(values.astype(np.int64))
+    wide = values.astype(np.int64)
+    steps = wide[1:] - wide[:-1]
     # Where the step changes at most of the values, runs only lose.
     breaks = np.flatnonzero(np.diff(steps)) + 1
     choices = []

@@ -55,7 +55,7 @@ def normalise(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
     """Frequencies of one class that sum to 4096, every symbol possible."""
     total = 1 << PROBABILITY_BITS
     exact = counts / counts.sum() * (total - len(counts))
-    frequencies = 1 + np.floor(exact).astype(np.int64)
+    frequencies: NDArray[np.int64] = 1 + np.floor(exact).astype(np.int64)
     order = np.argsort(np.floor(exact) - exact, kind="stable")
     frequencies[order[: total - int(frequencies.sum())]] += 1
     return frequencies.astype(np.uint16)

@@ -39,13 +39,16 @@ def expect(
     """
     ratio = _ratio(coarse - fine)
     size = np.abs(below.astype(np.int64))
-    centres = np.sign(below) * ((size * ratio + (1 << (_RATIO_BITS - 1))) >> _RATIO_BITS)
+    half = 1 << (_RATIO_BITS - 1)
+    centres: NDArray[np.int64] = np.sign(below) * ((size * ratio + half) >> _RATIO_BITS)
     sigmas = log_sigmas.astype(np.int64)
     zero = np.where(is_stored, np.minimum(sigmas, coarse + WITHIN_ZERO), sigmas)
     other = np.minimum(sigmas, coarse + WITHIN_STEP)
     # What is stored at the coarse step has a class at the finer one, however narrow it became.
-    classes = [np.maximum(ladder.class_of(each, fine), 0) for each in (zero, other)]
-    return centres, np.where(below == 0, *classes)
+    classes: list[NDArray[np.int64]] = [
+        np.maximum(ladder.class_of(each, fine), 0) for each in (zero, other)
+    ]
+    return centres, np.where(below == 0, classes[0], classes[1])
 
 
 @lru_cache(maxsize=64)

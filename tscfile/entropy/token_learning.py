@@ -125,7 +125,8 @@ def _places(rows: Ints, columns: Ints, times: Ints, share: Floats, seed: int) ->
     for _ in range(_ROUNDS):
         y = np.linalg.qr(times_columns(x))[0]
         x = np.linalg.qr(_multiply(columns, rows, values, y) - mean[:, None] * (roots @ y))[0]
-    return times_columns(x) / roots[:, None]
+    vectors: Floats = times_columns(x) / roots[:, None]
+    return vectors
 
 
 def _multiply(rows: Ints, columns: Ints, values: Floats, x: Floats) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def expand(arrays: Mapping[str, NDArray[np.generic]], where: str) -> Model:
         if not holds:
             raise DamagedError(f"{where}: token tables: {what}; damaged")
 
-    parts = {}
+    parts: dict[str, NDArray[Any]] = {}
     for name, n_dimensions in _DIMENSIONS.items():
         part = arrays.get(name)
         need(part is not None, f"{name} is missing")

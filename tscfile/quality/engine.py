@@ -105,10 +105,11 @@ class Engine:
         ids = torch.as_tensor(feed, dtype=torch.int64, device=self.device)[None]
         where = torch.arange(position, position + len(feed), device=self.device)[None]
         with torch.no_grad(), self._seeing(cache.kept):
-            return self._model(
+            logits: Tensor = self._model(
                 input_ids=ids, past_key_values=self._dynamic_cache(cache), position_ids=where,
                 use_cache=True,
             ).logits[0]  # fmt: skip
+            return logits
 
     # --- what books are learnt from -----------------------------------------------------------
 
@@ -398,7 +399,7 @@ def _load(path: Path, device: str) -> tuple[Any, Any]:
     with _silence():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, **options
             )
         except (OSError, ValueError, KeyError, ImportError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +40,14 @@ def compare(original: Tensor, restored: Tensor, targets: NDArray[np.int32]) -> C
     import torch
 
     wanted = torch.as_tensor(targets, dtype=torch.int64, device=original.device)
-    columns: list[list[NDArray[np.generic]]] = []
+    columns: list[list[NDArray[Any]]] = []
     for start in range(0, len(wanted), _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
         columns.append(_compare(original[part], restored[part], wanted[part]))
-    return Comparison(*(np.concatenate(column) for column in zip(*columns, strict=True)))  # type: ignore[arg-type]
+    return Comparison(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def _compare(original: Tensor, restored: Tensor, wanted: Tensor) -> list[NDArray[np.generic]]:
+def _compare(original: Tensor, restored: Tensor, wanted: Tensor) -> list[NDArray[Any]]:
     p, q = original.double().log_softmax(-1), restored.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
     top_p, top_q = p.argmax(-1), q.argmax(-1)

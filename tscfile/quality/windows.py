@@ -49,8 +49,8 @@ def read_text(path: Path) -> Text:
         whole = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is no UTF-8 text: {error}") from None
-    documents = (part.strip("\n") for part in whole.split(f"{SEPARATOR}\n"))
-    documents = tuple(part for part in documents if part.strip())
+    parts = (part.strip("\n") for part in whole.split(f"{SEPARATOR}\n"))
+    documents = tuple(part for part in parts if part.strip())
     return Text(path.name, blake3(data).hexdigest(), documents)
 
 

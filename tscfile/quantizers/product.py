@@ -210,7 +210,7 @@ def _by_faiss(
     vectors: Floats, n_centroids: int, iterations: int, seed: int
 ) -> Floats | None:
     try:
-        import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import faiss
     except ImportError:
         return None
     trainer = faiss.Kmeans(

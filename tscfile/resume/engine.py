@@ -52,7 +52,6 @@ def load_library(*, verbose: bool = False) -> ModuleType:
 def _catch_log(library: ModuleType, verbose: bool) -> None:
     global _log_callback
 
-    @library.llama_log_callback
     def keep(level: int, text: bytes, _user_data: Any) -> None:
         line = text.decode("utf-8", "replace")
         if level == _LOG_LEVEL_ERROR and line.strip() and len(_complaints) < _MAX_COMPLAINTS:
@@ -60,8 +59,8 @@ def _catch_log(library: ModuleType, verbose: bool) -> None:
         if verbose:
             sys.stderr.write(line)
 
-    library.llama_log_set(keep, ctypes.c_void_p(0))
-    _log_callback = keep
+    _log_callback = library.llama_log_callback(keep)
+    library.llama_log_set(_log_callback, ctypes.c_void_p(0))
 
 
 def _reason() -> str:

@@ -155,7 +155,7 @@ def _count(facts: dict[str, Any], key: str) -> int | None:
 
 
 def _check_rows(
-    tensors: Sequence[TensorSpec], facts: dict, model_path: str | os.PathLike[str]
+    tensors: Sequence[TensorSpec], facts: dict[str, Any], model_path: str | os.PathLike[str]
 ) -> None:
     n_heads = _count(facts, "n_kv_heads")
     for tensor in tensors:

@@ -151,7 +151,8 @@ def _cell_arrays(snapshot: Snapshot) -> dict[str, NDArray[np.int32]]:
     tables = [track.cells for track in snapshot.tracks]
 
     def joined(parts: Iterator[NDArray[np.int32]]) -> NDArray[np.int32]:
-        return np.concatenate([np.zeros(0, np.int32), *parts]).astype("<i4")
+        whole: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *parts]).astype("<i4")
+        return whole
 
     return {
         "tokens": snapshot.tokens.astype("<i4"),

@@ -148,7 +148,7 @@ class _Opened(io.BufferedReader):
     """A file of which no more than ``most`` bytes are read at once, if that is not None."""
 
     def __init__(self, path: str | os.PathLike[str], where: str) -> None:
-        super().__init__(io.FileIO(path))  # type: ignore[arg-type]
+        super().__init__(io.FileIO(path))
         self.size = os.fstat(self.fileno()).st_size
         self.most: int | None = _MAX_DIRECTORY
         self._where = where

@@ -65,7 +65,8 @@ class ExactOrder:
             np.concatenate([half + at + np.arange(self.width), at + keys])
             for at in range(0, half, self.width)
         ]
-        return np.concatenate(layers).astype(np.int64)
+        places: Ints = np.concatenate(layers).astype(np.int64)
+        return places
 
     def gather(
         self, rows: Sequence[Rows], tensors: Sequence[TensorSpec], pairing: str

@@ -102,7 +102,7 @@ def _codes(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return np.ascontiguousarray(stored)
     nibbles = stored[:, :, -16:]
-    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
+    codes: NDArray[np.uint8] = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
     if bits == 5:
         high = np.unpackbits(stored[:, :, :4], axis=2, bitorder="little")
         codes |= high << 4

@@ -37,14 +37,16 @@ def components(frames: Floats) -> tuple[NDArray[np.float64], Floats]:
 def exponents_of(singular: NDArray[np.float64]) -> NDArray[np.int8]:
     """Quarter octaves of the fineness of each row: its unit is ``2 ** (-e / 4)``."""
     fineness = np.rint(4 * np.log2(np.maximum(singular, 1e-9)))
-    return np.clip(fineness, -128, 127).astype(np.int8)
+    exponents: NDArray[np.int8] = np.clip(fineness, -128, 127).astype(np.int8)
+    return exponents
 
 
 def round_rows(rows: Floats, exponents: NDArray[np.int8]) -> NDArray[np.int32]:
     """Integer entries int32 ``[R, C]`` of rows in the units of ``exponents``."""
     scaled = rows * (2.0 ** (exponents.astype(np.float64) / 4)).astype(np.float32)[:, None]
     size = np.floor(np.abs(scaled) + np.float32(ROUND_UP))
-    return np.copysign(np.minimum(size, 1 << 30), scaled).astype(np.int32)
+    entries: NDArray[np.int32] = np.copysign(np.minimum(size, 1 << 30), scaled).astype(np.int32)
+    return entries
 
 
 def refit(frames: Floats, coefficients: Floats) -> Floats:

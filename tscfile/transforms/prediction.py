@@ -46,7 +46,8 @@ class Features:
     @property
     def n_features(self) -> int:
         means = len(self.decays) * self.decay_dims
-        return self.history * self.vectors.shape[1] + means + N_POSITION
+        width: int = self.vectors.shape[1]
+        return self.history * width + means + N_POSITION
 
     def dense(self, context: FrameContext) -> Floats:
         """Means and position of each frame, float32 ``[n, E * D' + 2]``."""

@@ -41,7 +41,7 @@ def hadamard(n: int) -> NDArray[np.float32]:
     signs = np.ones((1, 1))
     while len(signs) < n:
         signs = np.block([[signs, signs], [signs, -signs]])
-    matrix = (signs / np.sqrt(n)).astype(np.float32)
+    matrix: NDArray[np.float32] = (signs / np.sqrt(n)).astype(np.float32)
     matrix.setflags(write=False)
     return matrix
 

@@ -153,7 +153,8 @@ def _scales(cache: KVArrays, normalised: bool) -> NDArray[np.float16]:
     if not normalised:
         return np.ones(len(heads), np.float16)
     found = [np.sqrt(np.square(head, dtype=np.float32).mean()) for head in heads]
-    return np.maximum(np.array(found), 2.0**-14).astype(np.float16)
+    scales: NDArray[np.float16] = np.maximum(np.array(found), 2.0**-14).astype(np.float16)
+    return scales
 
 
 def _arrays(blocks: Floats, shape: CacheShape, scales: NDArray[np.float16]) -> KVArrays:
@@ -180,7 +181,7 @@ def _codebook(vectors: Floats) -> NDArray[np.float16]:
     share = np.cumsum(gaps.astype(np.float64) ** (2 / (sample.shape[1] + 2)))
     wanted = (np.arange(N_CENTROIDS) + 0.5) / N_CENTROIDS * share[-1]
     places = np.searchsorted(share, wanted).clip(0, len(sample) - 1)
-    book = sample[order[places]].astype(np.float32)
+    book: Floats = sample[order[places]].astype(np.float32)
     for _ in range(_ROUNDS):
         codes = _nearest(sample, book)
         counts = np.bincount(codes, minlength=N_CENTROIDS)
@@ -210,4 +211,5 @@ def _nearest(vectors: Floats, book: Floats) -> NDArray[np.uint8]:
 
 def _looked_up(codes: NDArray[np.uint8], model: Model) -> Floats:
     parts = [book[codes[:, i]] for i, book in enumerate(model.codebooks)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    vectors: Floats = np.concatenate(parts, axis=1).astype(np.float32)
+    return vectors

@@ -35,7 +35,8 @@ class Basis:
 
     def project(self, rows: Rows, rank: int | None = None) -> Rows:
         """Coefficients ``[n, rank]`` of rows ``[n, p]``."""
-        return (rows - self.mean) @ self.vectors[:, :rank]
+        centred: Rows = rows - self.mean
+        return centred @ self.vectors[:, :rank]
 
     def expand(self, coefficients: Rows) -> Rows:
         """Rows ``[n, p]`` from their leading coefficients."""

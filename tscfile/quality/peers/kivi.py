@@ -80,5 +80,5 @@ class Kivi:
         shape = (n, a, b // self.group)
         zero, step = taker.take("<f2", *shape), taker.take("<f2", *shape)
         codes = packing.take(taker, self.bits, *shape, self.group)
-        groups = codes * step.astype(np.float32)[..., None] + zero[..., None]
+        groups: NDArray[np.float32] = codes * step.astype(np.float32)[..., None] + zero[..., None]
         return groups.astype(np.float16).reshape(n, a, b)

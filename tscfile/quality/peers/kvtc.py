@@ -28,6 +28,9 @@ RATIOS = (8, 16, 24, 32, 48, 64)
 WINDOWS = (128, 16)
 """The paper's window, and one that does not outweigh the rest of a short context."""
 
+Coded = tuple[list[NDArray[np.float16]], list[tuple[Group, NDArray[np.uint8]]]]
+"""Shifts and scales of the groups, and the codes of each."""
+
 
 class Kvtc:
     """``ratio``: nominal, of the coded tokens; ``window``: newest tokens kept in fp16."""
@@ -81,7 +84,7 @@ class Kvtc:
         number = np.arange(n_tokens)
         return (number < N_SINKS) | (number >= n_tokens - self.window)
 
-    def _encode(self, role: str, rows: Rows) -> tuple[list[Rows], list[tuple[Group, Rows]]]:
+    def _encode(self, role: str, rows: Rows) -> Coded:
         """Shifts and scales, and the codes of each group."""
         coefficients = self._bases[role].project(rows, self._rank[role])
         side, codes = [], []
@@ -105,7 +108,7 @@ class Kvtc:
         return self._bases[role].expand(coefficients)
 
 
-def _deflate(coded: Sequence[tuple[list[Rows], list[tuple[Group, Rows]]]]) -> list[bytes]:
+def _deflate(coded: Sequence[Coded]) -> list[bytes]:
     """For each role: u8 whether codes are packed, u32 length, DEFLATE stream."""
     streams = []
     for side, codes in coded:

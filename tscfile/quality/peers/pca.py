@@ -56,7 +56,7 @@ class PcaUniform:
 
     def _quantize(self, role: str, rows: Rows) -> NDArray[np.int16]:
         scaled = self._bases[role].project(rows) / self._steps[role]
-        levels = np.copysign(np.floor(np.abs(scaled) + np.float32(ROUND_UP)), scaled)
+        levels: Rows = np.copysign(np.floor(np.abs(scaled) + np.float32(ROUND_UP)), scaled)
         return np.clip(levels, -_MAX_LEVEL, _MAX_LEVEL).astype(np.int16)
 
 

@@ -56,7 +56,8 @@ class TurboQuant(PerArrayCodec):
 def rotation(dim: int) -> NDArray[np.float32]:
     """A random orthogonal matrix ``[dim, dim]``, always the same one."""
     q, r = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((dim, dim)))
-    return (q * np.sign(np.diag(r))).astype(np.float32)
+    turn: NDArray[np.float32] = (q * np.sign(np.diag(r))).astype(np.float32)
+    return turn
 
 
 @lru_cache

@@ -177,7 +177,8 @@ def encode_cells(table: CellTable) -> NDArray[np.int32]:
 
 def encoded_cells_bytes(table: CellTable) -> int:
     """Length of `encode_cells` in bytes."""
-    return 4 * (len(table) * (2 + table.ext.shape[1]) + len(table.seq_ids))
+    n_fixed: int = 2 + table.ext.shape[1]
+    return 4 * (len(table) * n_fixed + len(table.seq_ids))
 
 
 def empty_cells(n_ext: int = 0) -> CellTable:
