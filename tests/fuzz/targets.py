@@ -254,7 +254,7 @@ def _use_lossy(
 def _use_exact(
     codec: BookCodec, rows: list[Rows], specs: list[TensorSpec], context: FrameContext
 ) -> None:
-    if codec.exact is None or not codec.exact.takes(specs):
+    if codec.exact is None or not codec.exact.takes_types(specs):
         return
     payload = _payload(codec.exact.encode(rows, specs, context))
     again = codec.decode_exact(payload, specs, "book")
