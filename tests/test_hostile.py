@@ -504,11 +504,11 @@ def test_claims_of_many_snapshots_do_not_add_up(what: str, tmp_path: Path) -> No
             tracks = varints(0)
             if what == "tracks":
                 cells = coded_run(n_frames) + coded_run(n_frames, start=1) + coded_run(n_frames)
-                tracks = varints(1, 0, 0, 0, 0, 1, number, 0, n_frames) + cells + varints(4)
+                tracks = varints(1, 0, 0, 0, 0, 1, 2 * number, 0, n_frames, 0) + cells + varints(4)
                 tracks += b"\1" * 4
             facts = [items if name == what else b"\0" for name in ("source", "identity", "coding")]
             structure = varints(0, 0, 0) + b"".join(facts) + tracks + varints(0)
-            writer.add_snapshot(varints(number, 0, 0, 0) + b"\0\0" + packed(structure))
+            writer.add_snapshot(varints(number) + no_tokens()[1:] + packed(structure))
         writer.commit()
     assert path.stat().st_size < 16_000
     with bounded_memory(path):
