@@ -280,9 +280,29 @@ def _tsc(data: bytes, most: int, rng: random.Random) -> bytes:
     return archive.write(change)
 
 
+def _damaged(data: bytes, most: int, rng: random.Random) -> bytes:
+    """Bits that flip and parts that are lost, now and then in an archive that is odd already."""
+    made = bytearray(_tsc(data, most, rng) if rng.random() < 0.5 else data)
+    for _ in range(rng.randrange(3)):
+        at = rng.randrange(len(made))
+        made[at] ^= 1 << rng.randrange(8)
+    action, at = rng.random(), rng.randrange(len(made) + 1)
+    length = rng.choice((8, 64, 512))
+    if action < 0.1:
+        del made[at:]
+    elif action < 0.2:
+        del made[at : at + length]
+    elif action < 0.3:
+        made[at : at + length] = bytes(len(made[at : at + length]))
+    elif action < 0.35:
+        made[at:at] = rng.randbytes(length)
+    return bytes(made)
+
+
 MUTATORS: dict[str, Mutator] = {
     "safetensors": _aware(_safetensors),
     "npz": _aware(_npz),
     "book": _aware(_book),
     "tsc": _aware(_tsc),
+    "salvage": _aware(_damaged),
 }

@@ -133,7 +133,7 @@ def fuzz(name: str, seconds: int, seed: int, work: Path) -> None:
 
 # --- the corpus ----------------------------------------------------------------------------------
 
-_MOST_BYTES = 24 << 10
+_MOST_BYTES = 18 << 10
 """Of all inputs of a target that are kept."""
 
 

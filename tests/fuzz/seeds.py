@@ -287,5 +287,5 @@ def _long_chunk(*arguments: Any) -> EncodedChunk:
 
 _MAKERS = {
     "llama": _llama, "safetensors": _safetensors, "npz": _npz, "gguf": _gguf, "model": _model,
-    "book": _book, "tsc": _tsc,
+    "book": _book, "tsc": _tsc, "salvage": _tsc,
 }  # fmt: skip

@@ -35,6 +35,7 @@ from tscfile.errors import TscError
 from tscfile.identity import identity_from_gguf
 from tscfile.model import ModelIdentity, Snapshot, TensorSpec
 from tscfile.product_codec import BookDomain, ProductCodec
+from tscfile.salvage import salvage
 from tscfile.sources.gguf_cache import open_gguf
 from tscfile.sources.hf_layout import as_llama_state
 from tscfile.sources.llama_state import open_state, state_size, write_state
@@ -169,6 +170,23 @@ def tsc(data: bytes) -> None:
         attempt(lambda: tscfile.verify(path))
 
 
+def salvaged(data: bytes) -> None:
+    """What can be had of a damaged archive is a whole one."""
+    beside()
+    out = folder() / "out.tsc"
+    with stored(data, "a.tsc") as path:
+        attempt(lambda: _salvage(path, out))
+
+
+def _salvage(path: Path, out: Path) -> None:
+    report = salvage(path, out, force=True)
+    with Archive(out) as archive:
+        assert len(archive) == len(report.kept)
+    if not report.undecoded:
+        problems = tscfile.verify(out).problems
+        assert not problems, f"salvaged and not whole: {problems[0]}"
+
+
 @cache
 def beside() -> None:
     for path in VECTORS.glob("*.tscbook"):
@@ -254,7 +272,7 @@ def _use_lossy(
 def _use_exact(
     codec: BookCodec, rows: list[Rows], specs: list[TensorSpec], context: FrameContext
 ) -> None:
-    if codec.exact is None or not codec.exact.takes(specs):
+    if codec.exact is None or not codec.exact.takes_types(specs):
         return
     payload = _payload(codec.exact.encode(rows, specs, context))
     again = codec.decode_exact(payload, specs, "book")
@@ -296,4 +314,5 @@ class Target:
 TARGETS = {
     "llama": Target(llama), "safetensors": Target(safetensors), "npz": Target(npz),
     "gguf": Target(gguf), "model": Target(model), "book": Target(book), "tsc": Target(tsc),
+    "salvage": Target(salvaged),
 }  # fmt: skip
