@@ -328,11 +328,17 @@ def test_no_token_is_kept(tokens: list[int], identity: ModelIdentity, tmp_path: 
     assert n_of(path, 1, MOVED) == N_TOKENS - 8 - 200
 
 
+@pytest.mark.parametrize("tier", ["lossless", "balanced"])
 def test_what_moved_cannot_be_computed_again(
-    shifted_series: dict[str, Path], tmp_path: Path
+    tier: str, shifted_series: dict[str, Path], tmp_path: Path
 ) -> None:
+    path, out = shifted_series[tier], tmp_path / "out.tsc"
     with pytest.raises(UsageError, match="snapshot 1 has frames that have moved"):
-        tscfile.demote(shifted_series["balanced"], tmp_path / "out.tsc", "tokens", book=BOOK)
+        tscfile.demote(path, out, "tokens", book=BOOK)
+    if tier == "lossless":
+        with pytest.raises(UsageError, match="snapshot 1 has frames that have moved"):
+            tscfile.compact(path, out, tier="tokens")
+    assert not out.exists()
 
 
 # --- patch and many turns ---------------------------------------------------------------------

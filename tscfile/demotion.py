@@ -14,7 +14,7 @@ from .container.writer import ContainerWriter
 from .errors import DamagedError, UsageError
 from .rewriting import Copier
 from .tiers import TIERS, TOKENS, tier_from_name
-from .tokens_tier import check_recomputable
+from .tokens_tier import check_never_shifted, check_recomputable
 
 Progress = Callable[[int], None]
 
@@ -77,11 +77,7 @@ def _top(archive: Archive, record: SnapshotRecord, tier: str) -> int | None:
                 "packed with --model can be computed again"
             )
         check_recomputable(archive.snapshot(record.number))
-        if any(run.context for track in record.tracks for run in track.runs):
-            raise UsageError(
-                f"{archive.path}: snapshot {record.number} has frames that have moved, which its "
-                "tokens do not lead to; drop it with tsc compact first"
-            )
+        check_never_shifted(archive, record.number)
         return -1
     if tier in record.layers[:-1]:
         return record.layers.index(tier)

@@ -179,7 +179,8 @@ class Diagnosis:
                 if isinstance(error, UsageError) and self._needs_books:
                     raise
                 self.bad.snapshots.add(number)
-                self._errors[number] = error
+                # Its traceback would keep the record.
+                self._errors[number] = error.with_traceback(None)
                 continue
             self.readable.add(number)
             self._note_readers(record)
@@ -261,7 +262,7 @@ class Diagnosis:
                 self.archive.opaque_part(entry, allowance)
             except DamagedError as error:
                 self.bad.parts.add((record.number, entry.name))
-                self._errors[record.number, entry.name] = error
+                self._errors[record.number, entry.name] = error.with_traceback(None)
 
     def _note_readers(self, record: SnapshotRecord) -> None:
         where = self._where(record)

@@ -11,6 +11,8 @@ from .archive import Archive
 from .errors import UsageError
 from .packing import append, pack
 from .staging import staging
+from .tiers import TOKENS, tiers_from_names
+from .tokens_tier import check_never_shifted
 
 Progress = Callable[[int], None]
 Book = str | os.PathLike[str] | None
@@ -33,6 +35,8 @@ def recode(
                 f"{archive.path}: snapshot {number} is of tier {archive.record(number).tier}; only "
                 "exact ones can be put into another: drop it, or leave out layers with tsc demote"
             )
+        if TOKENS in [each.name for each in tiers_from_names(tier)]:
+            check_never_shifted(archive, number)
     files.refuse(out, force)
     with staging(out.parent) as folder:
         unfinished = folder / out.name

@@ -18,8 +18,10 @@ from .container.writer import ContainerWriter, EncodedChunk
 from .context import FrameContext
 from .errors import UnsupportedError, UsageError
 from .model import Snapshot, Track
+from .temporal import SHIFT
 
 if TYPE_CHECKING:
+    from .archive import Archive
     from .book_codec import BookCodec
 
 Rows = NDArray[np.uint8]
@@ -94,3 +96,16 @@ def _check_cells(track: Track, n_tokens: int, tier: str) -> None:
         raise UnsupportedError(
             f"{tier}, and the save has cells without a token of their own; take another tier"
         )
+
+
+def check_never_shifted(archive: Archive, number: int) -> None:
+    """`UsageError` for a snapshot that goes back to a context shift: frames that have moved are not
+    what a prefill of its tokens gives."""
+    ancestor: int | None = number
+    while ancestor is not None:
+        if archive.record(ancestor).plan == SHIFT:
+            raise UsageError(
+                f"{archive.path}: snapshot {number} has frames that have moved, which its tokens "
+                "do not lead to; drop it with tsc compact first"
+            )
+        ancestor = archive.head(ancestor).parent
