@@ -179,8 +179,7 @@ class Diagnosis:
                 if isinstance(error, UsageError) and self._needs_books:
                     raise
                 self.bad.snapshots.add(number)
-                # Its traceback would keep the record.
-                self._errors[number] = error.with_traceback(None)
+                self._errors[number] = _alone(error)
                 continue
             self.readable.add(number)
             self._note_readers(record)
@@ -201,7 +200,7 @@ class Diagnosis:
         ):  # fmt: skip
             if error is not None:
                 self.bad.blocks.add(number)
-                self._errors[f"block {number}"] = error
+                self._errors[f"block {number}"] = _alone(error)
             if progress:
                 progress(sum(chunk.raw_length for chunk in entry.chunks))
 
@@ -262,7 +261,7 @@ class Diagnosis:
                 self.archive.opaque_part(entry, allowance)
             except DamagedError as error:
                 self.bad.parts.add((record.number, entry.name))
-                self._errors[record.number, entry.name] = error.with_traceback(None)
+                self._errors[record.number, entry.name] = _alone(error)
 
     def _note_readers(self, record: SnapshotRecord) -> None:
         where = self._where(record)
@@ -530,6 +529,13 @@ class Diagnosis:
                 # A basis whose header cannot be read is not found.
                 found.add(_UNKNOWN)
         return found
+
+
+def _alone(error: TscError) -> TscError:
+    """An error that is kept: without the frames it came from, which hold the record that was being
+    read."""
+    error.__traceback__ = error.__context__ = None
+    return error
 
 
 def _line(text: str, losses: Sequence[Loss]) -> str:
