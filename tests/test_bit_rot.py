@@ -232,7 +232,7 @@ def test_flipped_bits_all_over_the_file(
         check_flip(sample, at, (at ^ at >> 3) % 8, place)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_flipped_bit(tier: str, samples: dict[str, Sample], place: Place) -> None:
     sample = samples[tier]
