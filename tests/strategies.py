@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tscfile.dtypes import DTYPES, DType
+from tscfile.identity import is_fact
 from tscfile.model import CellTable, ModelIdentity, Snapshot, TensorSpec
 from tscfile.sources.hf_layout import text_cells
 from tscfile.sources.kv_arrays import HeadsTrack
@@ -50,6 +51,11 @@ def examples(n: int) -> settings:
 
 
 # --- facts ------------------------------------------------------------------------------------
+
+
+def identity_of(facts: dict[str, Any]) -> ModelIdentity:
+    """Of some facts those that can be: known ones have types."""
+    return ModelIdentity({key: value for key, value in facts.items() if is_fact(key, value)})
 
 
 def texts(most: int = 12) -> st.SearchStrategy[str]:
@@ -173,7 +179,7 @@ def snapshots(draw: Draw, frames: st.SearchStrategy[int] = FRAMES) -> Snapshot:
     opaque = st.dictionaries(texts(8), st.binary(max_size=300), max_size=3)
     return Snapshot(
         tokens, [draw(tracks(tokens, frames, each)) for each in places], draw(metadata()),
-        draw(opaque), ModelIdentity(draw(facts)),
+        draw(opaque), identity_of(draw(facts)),
     )  # fmt: skip
 
 
@@ -368,4 +374,4 @@ def transformers_caches(draw: Draw) -> Snapshot:
         allow_nan=False, allow_infinity=False)  # fmt: skip
     facts = draw(st.dictionaries(st.sampled_from(FACTS), simple, max_size=4))
     source = {"format": "transformers", "n_layers": len(windows)}
-    return Snapshot(tokens, made, source, identity=ModelIdentity(facts))
+    return Snapshot(tokens, made, source, identity=identity_of(facts))
