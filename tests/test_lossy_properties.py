@@ -274,7 +274,8 @@ def test_the_recorded_error_bounds_what_was_taken(
             for far in distances(old, run, at, track)
         ]  # fmt: skip
         if said is not None:
-            assert found and max(found) <= said * (1 + 1e-5)
+            # It is rounded to four places.
+            assert found and max(found) <= said + 5.1e-5
 
 
 def runs_of(track: ArchivedTrack) -> list[tuple[FrameRun, int]]:
